@@ -1,0 +1,61 @@
+# Two commands: `make lab` to read and run the course, `make test` to check all of it.  `make help` lists the rest.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell $(p) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) and print("$(p)")' 2>/dev/null)))
+BIN := .venv/bin
+PORT ?= 8888
+ARGS ?=
+LESSON ?= notebooks/00_start_here.ipynb
+N ?= 2
+LESSONS ?= $(sort $(wildcard notebooks/*.ipynb))
+
+# One torch thread a process and no progress bars: what is compared must not depend on either.
+QUIET := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TQDM_DISABLE=1
+
+.PHONY: help lab test style unit nbval lessons verification bench browser mnist lock clean setup
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+setup: ## make .venv from the lock file, if it is missing or the lock changed
+	@if [ -z "$(PYTHON)" ] || ! command -v "$(PYTHON)" >/dev/null; then \
+	  echo "The course needs Python 3.11, 3.12 or 3.13 and none was found: install one, or name it with make PYTHON=/path/to/python." >&2; exit 1; fi
+	@"$(PYTHON)" tools/environment.py
+
+lab: setup ## open the course in JupyterLab (PORT=8888, ARGS="--no-browser")
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.port=$(PORT) --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS) $(LESSON)
+
+test: setup style unit nbval ## check everything: format, lint, tests, every lesson compared cell by cell
+
+style: setup ## format and lint, notebooks included
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+unit: setup ## the package's tests, and those of the lessons' form
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist worksteal
+
+nbval: setup ## every lesson, run again and compared in strict mode
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist loadfile -p tools.strict_nbval --nbval --nbval-cell-timeout=120 $(LESSONS)
+
+lessons: setup ## run the lessons from a clean kernel and store their outputs (LESSONS=notebooks/11*, N=2 at a time)
+	@$(BIN)/python tools/store_lessons.py --jobs $(N) $(LESSONS)
+
+verification: unit ## store the table that the tests just measured, which the lessons show
+	@cp build/verification.json bigmodel_course/verification.json
+
+bench: setup ## side-by-side ratios (ARGS="optim --quick --json")
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+browser: setup ## drive a lesson in real JupyterLab with headless Chromium; pictures go to build/browser
+	@$(BIN)/python tools/drive_lab.py $(ARGS)
+
+mnist: setup ## fetch MNIST into data/mnist and check its hashes (for the compression part)
+	@$(BIN)/python tools/fetch_mnist.py
+
+lock: setup ## resolve requirements.lock again from pyproject.toml (needs uv)
+	@uv pip compile pyproject.toml --universal --all-extras --python-version 3.11 --no-emit-index-url --no-header --no-annotate --upgrade -o requirements.lock
+
+clean: ## remove what was made: .venv, build, caches
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,138 @@
+"""Figures of the lessons: labelled axes with units, colours that everybody can tell apart, and a sentence under each.
+
+Every function returns a matplotlib Figure that is closed for pyplot, so a notebook shows it once, as the cell's value.
+`see` is the sentence that says what to look at; it stands under the picture.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "bars", "histogram", "images", "lines", "paths"]
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness; line styles differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+Series = Mapping[str, tuple[Any, Any]]
+
+
+def lines(
+    series: Series,
+    *,
+    x: str,
+    y: str,
+    see: str,
+    log: str = "",
+    marks: str = "",
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Curves over one pair of axes: `series` maps a name to its (x values, y values).
+
+    `x` and `y` are the axes' labels with their units; `log` names the logarithmic axes ("", "x", "y" or "xy");
+    `marks` is a matplotlib marker such as "o"; `limits` bounds the y axis.
+    """
+    figure, axes = _canvas()
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "marker": marks or None}
+        axes.plot(_numbers(xs), _numbers(ys), label=name, markersize=4, linewidth=1.8, **style)
+    _scales(axes, log)
+    if limits:
+        axes.set_ylim(*limits)
+    if len(series) > 1 or any(series):
+        axes.legend(frameon=False)
+    return _finish(figure, axes, x, y, see)
+
+
+def bars(heights: Mapping[str, float], *, x: str, y: str, see: str, log: str = "") -> Figure:
+    """One bar a name, its height written above it."""
+    figure, axes = _canvas()
+    drawn = axes.bar(list(heights), _numbers(list(heights.values())), color=COLOURS[0], width=0.6)
+    axes.bar_label(drawn, fmt="{:,.4g}", padding=2, fontsize=9)
+    axes.margins(y=0.12)
+    _scales(axes, log)
+    return _finish(figure, axes, x, y, see)
+
+
+def histogram(samples: Mapping[str, Any], *, x: str, y: str, see: str, bins: int = 40) -> Figure:
+    """Outlined histograms of several samples on common bins."""
+    figure, axes = _canvas()
+    edges = np.histogram_bin_edges(np.concatenate([_numbers(v).ravel() for v in samples.values()]), bins)
+    for i, (name, values) in enumerate(samples.items()):
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.8}
+        axes.hist(_numbers(values).ravel(), edges, histtype="step", label=name, **style)
+    axes.legend(frameon=False)
+    return _finish(figure, axes, x, y, see)
+
+
+def paths(
+    height: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    walks: Mapping[str, Any],
+    *,
+    x: str,
+    y: str,
+    see: str,
+    span: tuple[float, float, float, float],
+) -> Figure:
+    """Walks over the contour lines of a function of two numbers.
+
+    `height(xs, ys)` is evaluated on a grid over `span` = (left, right, bottom, top); `walks` maps a name to its points,
+    one row (x, y) a step.
+    """
+    figure, axes = _canvas()
+    left, right, bottom, top = span
+    xs, ys = np.meshgrid(np.linspace(left, right, 120), np.linspace(bottom, top, 120))
+    axes.contour(xs, ys, height(xs, ys), levels=18, colors="0.75", linewidths=0.8)
+    for i, (name, points) in enumerate(walks.items()):
+        points = _numbers(points)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+        axes.plot(points[:, 0], points[:, 1], marker="o", markersize=3, linewidth=1.5, label=name, **style)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.legend(frameon=False)
+    return _finish(figure, axes, x, y, see)
+
+
+def images(pictures: Any, titles: Sequence[str], *, see: str, columns: int = 8) -> Figure:
+    """Grey pictures in a grid, each with its title; `pictures` has shape (N, H, W) or (N, 1, H, W)."""
+    pictures = _numbers(pictures)
+    pictures = pictures[:, 0] if pictures.ndim == 4 else pictures
+    rows = -(-len(pictures) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(7, 1.15 * rows + 0.5), squeeze=False, layout="constrained")
+    for axes in grid.ravel():
+        axes.axis("off")
+    for axes, picture, title in zip(grid.ravel(), pictures, titles, strict=False):
+        axes.imshow(picture, cmap="gray_r")
+        axes.set_title(title, fontsize=9)
+    figure.supxlabel(see, fontsize=9, wrap=True)
+    plt.close(figure)
+    return figure
+
+
+def _canvas() -> tuple[Figure, Axes]:
+    return plt.subplots(figsize=(7, 4), layout="constrained")
+
+
+def _scales(axes: Axes, log: str) -> None:
+    if not set(log) <= {"x", "y"}:
+        raise ValueError(f'log must name axes, one of "", "x", "y", "xy", got {log!r}')
+    for axis in log:
+        getattr(axes, f"set_{axis}scale")("log")
+
+
+def _finish(figure: Figure, axes: Axes, x: str, y: str, see: str) -> Figure:
+    if not (x and y and see):
+        raise ValueError(f"a figure needs x and y labels and a sentence that says what to see, got {x=}, {y=}, {see=}")
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(see, fontsize=9, color="0.25", wrap=True)
+    plt.close(figure)  # or the notebook would show it a second time
+    return figure
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """Values as a NumPy array; a tensor that needs gradients is taken as it stands."""
+    return values.detach().numpy() if hasattr(values, "detach") else np.asarray(values)

@@ -1,0 +1,89 @@
+"""The package has no circles: a module imports only what its row allows; each big library has one door."""
+
+import ast
+from pathlib import Path
+
+import bigmodel_course
+
+ROOT = Path(bigmodel_course.__file__).parent
+
+ALLOWED: dict[str, set[str]] = {  # module -> the package's modules it may import, each of them above it
+    "costs": set(),
+    "schedules": set(),
+    "metrics": set(),
+    "checks": set(),
+    "plotting": set(),
+    "show": set(),
+    "passport": set(),
+    "optim": {"schedules"},
+    "data": set(),
+    "models": set(),
+    "checkpoint": set(),
+    "training": {"data", "checkpoint", "metrics"},
+}
+NO_TORCH = {"costs", "schedules"}
+ONE_DOOR = {"matplotlib": "plotting", "onnx": "deployment.export", "onnxruntime": "deployment.runtime"}
+
+
+def modules() -> dict[str, ast.Module]:
+    paths = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py"]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Every module named by an import, as a dotted name; `from a import b` gives a and a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str], known: set[str]) -> set[str]:
+    return {name.removeprefix("bigmodel_course.") for name in names} & known
+
+
+def test_imports_follow_the_table():
+    found = modules()
+    course = {name for name in found if not name.startswith("exercises.")}
+    assert course == ALLOWED.keys()
+    for name in course:
+        used = own(imports(found[name]), set(found))
+        assert used <= ALLOWED[name], f"{name} must not import {used - ALLOWED[name]}"
+
+
+def test_the_table_has_no_circle():
+    above: set[str] = set()
+    for name, allowed in ALLOWED.items():
+        assert allowed <= above, f"{name} stands above {allowed - above}"
+        above.add(name)
+
+
+def test_only_exercises_import_checks_and_nothing_imports_exercises():
+    for name, tree in modules().items():
+        used = own(imports(tree), set(modules()))
+        assert not any(module.startswith("exercises.") for module in used), name
+        assert "checks" not in used or name.startswith("exercises."), name
+
+
+def test_arithmetic_needs_no_torch_and_each_big_library_has_one_door():
+    for name, tree in modules().items():
+        tops = {module.split(".")[0] for module in imports(tree)}
+        assert not (name in NO_TORCH and "torch" in tops), f"{name} imports torch"
+        for library, door in ONE_DOOR.items():
+            assert library not in tops or name == door, f"{name} imports {library}; only {door} may"
+
+
+def test_no_module_is_long_and_each_says_what_is_public():
+    for name, tree in modules().items():
+        lines = max(node.end_lineno for node in ast.walk(tree) if hasattr(node, "end_lineno"))
+        assert lines <= 300, f"{name} has {lines} lines"
+        assert ast.get_docstring(tree), name
+        assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+        assert any(getattr(target, "id", "") == "__all__" for node in assigned for target in node.targets), name

@@ -1,0 +1,1 @@
+"""What the Makefile calls: the environment, the lessons' storing and comparing, the browser, the data."""
