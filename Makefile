@@ -41,8 +41,9 @@ nbval: setup ## every lesson, run again and compared in strict mode
 lessons: setup ## run the lessons from a clean kernel and store their outputs (LESSONS=notebooks/11*, N=2 at a time)
 	@$(BIN)/python tools/store_lessons.py --jobs $(N) $(LESSONS)
 
-verification: unit ## store the table that the tests just measured, which the lessons show
-	@cp build/verification.json bigmodel_course/verification.json
+verification: setup ## run the package's tests and store the table that they measure, which lessons and book show
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist worksteal --ignore=tests/test_lessons.py --ignore=tests/test_verification.py
+	@$(BIN)/python -m tools.store_verification
 
 bench: setup ## side-by-side ratios (ARGS="optim --quick --json")
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,91 @@
+"""Every figure has labelled axes and a sentence, colours told apart by everybody, and is shown once."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from bigmodel_course import plotting
+
+X = torch.linspace(0, 1, 5, requires_grad=True)
+SAYS = {"x": "step", "y": "loss (units of y²)", "see": "It falls."}
+FIGURES = {
+    "lines": lambda says: plotting.lines({"a": (range(5), X), "b": ([0, 1], [1, 2])}, **says),
+    "bars": lambda says: plotting.bars({"a": 1.0, "b": 2}, **says),
+    "histogram": lambda says: plotting.histogram({"a": X, "b": [1.0, 2.0]}, **says),
+    "paths": lambda says: plotting.paths(
+        lambda x, y: x**2 + y**2, {"walk": np.ones((3, 2))}, span=(-1, 1, -2, 2), **says
+    ),
+}
+
+
+@pytest.mark.verifies(
+    "plotting.lines",
+    "plotting.bars",
+    "plotting.histogram",
+    "plotting.paths",
+    kind="invariant",
+    against="the labels and the sentence asked for",
+    on="one figure each",
+)
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_a_figure_has_its_labels_and_its_sentence_and_is_closed(draw):
+    figure = draw(SAYS)
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel(), figure.get_supxlabel()) == tuple(SAYS.values())
+    assert plt.get_fignums() == []  # or a notebook would show it twice
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+@pytest.mark.parametrize("missing", SAYS)
+def test_a_figure_without_a_label_or_sentence_is_refused(draw, missing):
+    with pytest.raises(ValueError, match="needs x and y labels and a sentence"):
+        draw({**SAYS, missing: ""})
+
+
+@pytest.mark.verifies(
+    "plotting.lines", kind="message", against="the argument's name in the message", on="a wrong scale"
+)
+def test_a_wrong_scale_is_refused():
+    with pytest.raises(ValueError, match="log must name axes"):
+        plotting.lines({"a": ([1], [1])}, log="z", **SAYS)
+
+
+@pytest.mark.verifies("plotting.lines", kind="invariant", against="the numbers given", on="tensors that need gradients")
+def test_a_line_holds_the_numbers_that_were_given():
+    (line,) = plotting.lines({"a": (range(5), X)}, log="xy", limits=(0.1, 2), **SAYS).axes[0].lines
+    assert line.get_ydata().tolist() == X.tolist()
+
+
+@pytest.mark.verifies(
+    "plotting.images", kind="invariant", against="the pictures given", on="(N, H, W) and (N, 1, H, W)"
+)
+@pytest.mark.parametrize("shape", [(5, 8, 8), (5, 1, 8, 8)])
+def test_pictures_stand_in_a_grid_with_their_titles(shape):
+    pictures = torch.arange(5.0).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    figure = plotting.images(pictures, list("abcde"), see="Five.", columns=3)
+    assert [axes.get_title() for axes in figure.axes] == [*"abcde", ""]
+    assert [int(axes.images[0].get_array().max()) for axes in figure.axes[:5]] == [0, 1, 2, 3, 4]
+
+
+# How the colours look to eyes without one kind of cone: the matrices of Viénot, Brettel and Mollon (1999), which act on
+# linear RGB, for protanopia and deuteranopia.
+BLIND = {
+    "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+    "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+}
+
+
+@pytest.mark.verifies(
+    "plotting.COLOURS", kind="invariant", against="Vienot et al. 1999", on="each pair, as two kinds of colour blindness"
+)
+@pytest.mark.parametrize("kind", BLIND)
+def test_each_pair_of_colours_stays_apart_for_colour_blind_eyes(kind):
+    seen = [np.array(BLIND[kind]) @ (np.array(to_rgb(colour)) ** 2.2) for colour in plotting.COLOURS]
+    gaps = [
+        np.abs(np.clip(a, 0, 1) ** (1 / 2.2) - np.clip(b, 0, 1) ** (1 / 2.2)).max()
+        for i, a in enumerate(seen)
+        for b in seen[:i]
+    ]
+    assert min(gaps) > 0.08
