@@ -46,8 +46,9 @@ class Score:
 class Exercise:
     """A question that checks itself.
 
-    `trials` are the arguments of each call; `accept`, where given, judges a result by a law instead of comparing it
-    with `solution`: it returns None, or what is wrong as a sentence.
+    `trials` are the arguments of each call.  `use(answer, *trial)`, where given, is done with an answer in place of
+    calling it, such as training with a learner's rule.  `accept(result, *trial)`, where given, judges the result by a
+    law in place of comparing it with the solution's: it returns None, or what is wrong as a sentence.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Exercise:
     trials: Sequence[tuple]
     mistakes: Sequence[Mistake]
     remark: str
+    use: Callable[..., Any] | None = None
     accept: Callable[..., str | None] | None = None
     score: Score | None = None
     tolerance: float = 1e-6
@@ -104,7 +106,8 @@ class Exercise:
     def _call(self, answer: Answer, trial: tuple) -> Any:
         """The result for fresh copies of the arguments, so that no answer can spoil the next call; or the exception."""
         try:
-            return answer(*copy.deepcopy(trial))
+            arguments = copy.deepcopy(trial)
+            return self.use(answer, *arguments) if self.use else answer(*arguments)
         except Exception as error:  # any mistake of a learner is to be reported, not to stop the check
             return error
 

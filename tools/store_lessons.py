@@ -39,7 +39,7 @@ async def store(path: Path, slots: asyncio.Semaphore) -> str | None:
     async with slots:
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", store_widget_state=False, record_timing=False,
+            notebook, timeout=600, kernel_name="python3", record_timing=False,
             extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}},
         )  # fmt: skip
         try:
