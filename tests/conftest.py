@@ -10,12 +10,15 @@ import math
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TABLE = Path(__file__).parent.parent / "build" / "verification.json"
 KINDS = ("parity", "equals one process", "invariant", "message", "recovery")
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+hypothesis.settings.register_profile("course", derandomize=True, deadline=None)  # a busy machine is not a fault
+hypothesis.settings.load_profile("course")
 
 
 class Seen:

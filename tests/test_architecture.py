@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {  # module -> the package's modules it may impor
     "data": set(),
     "models": {"costs"},
     "checkpoint": set(),
-    "training": {"data", "checkpoint", "metrics"},
+    "training": {"data", "checkpoint"},
 }
 NO_TORCH = {"costs", "schedules"}
 ONE_DOOR = {"matplotlib": "plotting", "onnx": "deployment.export", "onnxruntime": "deployment.runtime"}
