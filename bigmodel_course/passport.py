@@ -64,7 +64,7 @@ def stamp(new: Stamp, path: str | Path = "passport.json") -> Sequence[Stamp]:
     A row that differs in nothing but its latency, or in the last tenth of a percent of its accuracy, is kept.
     """
     path = Path(path)
-    with FileLock(path.with_suffix(".lock")):  # two lessons may run side by side
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two lessons may run side by side
         rows = {row.treatment: row for row in read(path)}
         old = rows.get(new.treatment)
         if old is None or not _same(old, new):

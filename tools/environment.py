@@ -103,20 +103,19 @@ def make() -> None:
         str(ROOT),
         failing="Installing the course's own package failed.",
     )
-    run(python, "-m", "ipykernel", "install", "--sys-prefix", failing="Registering the Jupyter kernel failed.")
-    news = "@jupyterlab/apputils-extension:announcements"  # it asks a server for news, and the reader whether it may
-    run(
-        python,
-        "-m",
-        "jupyter",
-        "labextension",
-        "disable",
-        "--level=sys_prefix",
-        news,
-        failing="Setting up JupyterLab failed.",
-    )
+    set_up_jupyterlab(python)
     STAMP.write_text(wanted())
     print("Ready.", flush=True)
+
+
+def set_up_jupyterlab(python: str) -> None:
+    """Register the kernel, wrap long lines of code, and ask no server for news (nor the reader whether it may)."""
+    run(python, "-m", "ipykernel", "install", "--sys-prefix", failing="Registering the Jupyter kernel failed.")
+    news = ("labextension", "disable", "--level=sys_prefix", "@jupyterlab/apputils-extension:announcements")
+    run(python, "-m", "jupyter", *news, failing="Setting up JupyterLab failed.")
+    settings = VENV / "share" / "jupyter" / "lab" / "settings"
+    settings.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "tools" / "jupyterlab_overrides.json", settings / "overrides.json")
 
 
 def main() -> int:
