@@ -191,5 +191,5 @@ class GPT(nn.Module):
         x_BTC = self.tokens(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]
         for block in self.blocks:
             x_BTC = block(x_BTC)
-        weight_VC = self.tokens.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x_BTC), weight_VC)
+        x_BTC = self.norm(x_BTC)
+        return F.linear(x_BTC, self.tokens.weight) if self.head is None else self.head(x_BTC)
