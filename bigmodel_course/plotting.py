@@ -36,37 +36,35 @@ def lines(
     `x` and `y` are the axes' labels with their units; `log` names the logarithmic axes ("", "x", "y" or "xy");
     `marks` is a matplotlib marker such as "o"; `limits` bounds the y axis.
     """
-    figure, axes = _canvas()
+    figure, axes = _canvas(x, y, see, log)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "marker": marks or None}
         axes.plot(_numbers(xs), _numbers(ys), label=name, markersize=4, linewidth=1.8, **style)
-    _scales(axes, log)
     if limits:
         axes.set_ylim(*limits)
     if len(series) > 1 or any(series):
         axes.legend(frameon=False)
-    return _finish(figure, axes, x, y, see)
+    return _finished(figure)
 
 
 def bars(heights: Mapping[str, float], *, x: str, y: str, see: str, log: str = "") -> Figure:
     """One bar a name, its height written above it."""
-    figure, axes = _canvas()
+    figure, axes = _canvas(x, y, see, log)
     drawn = axes.bar(list(heights), _numbers(list(heights.values())), color=COLOURS[0], width=0.6)
     axes.bar_label(drawn, fmt="{:,.4g}", padding=2, fontsize=9)
     axes.margins(y=0.12)
-    _scales(axes, log)
-    return _finish(figure, axes, x, y, see)
+    return _finished(figure)
 
 
 def histogram(samples: Mapping[str, Any], *, x: str, y: str, see: str, bins: int = 40) -> Figure:
     """Outlined histograms of several samples on common bins."""
-    figure, axes = _canvas()
+    figure, axes = _canvas(x, y, see)
     edges = np.histogram_bin_edges(np.concatenate([_numbers(v).ravel() for v in samples.values()]), bins)
     for i, (name, values) in enumerate(samples.items()):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.8}
         axes.hist(_numbers(values).ravel(), edges, histtype="step", label=name, **style)
     axes.legend(frameon=False)
-    return _finish(figure, axes, x, y, see)
+    return _finished(figure)
 
 
 def paths(
@@ -83,7 +81,7 @@ def paths(
     `height(xs, ys)` is evaluated on a grid over `span` = (left, right, bottom, top); `walks` maps a name to its points,
     one row (x, y) a step.
     """
-    figure, axes = _canvas()
+    figure, axes = _canvas(x, y, see)
     left, right, bottom, top = span
     xs, ys = np.meshgrid(np.linspace(left, right, 120), np.linspace(bottom, top, 120))
     axes.contour(xs, ys, height(xs, ys), levels=18, colors="0.75", linewidths=0.8)
@@ -93,7 +91,7 @@ def paths(
         axes.plot(points[:, 0], points[:, 1], marker="o", markersize=3, linewidth=1.5, label=name, **style)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.legend(frameon=False)
-    return _finish(figure, axes, x, y, see)
+    return _finished(figure)
 
 
 def images(pictures: Any, titles: Sequence[str], *, see: str, columns: int = 8) -> Figure:
@@ -107,28 +105,23 @@ def images(pictures: Any, titles: Sequence[str], *, see: str, columns: int = 8) 
     for axes, picture, title in zip(grid.ravel(), pictures, titles, strict=False):
         axes.imshow(picture, cmap="gray_r")
         axes.set_title(title, fontsize=9)
-    figure.supxlabel(see, fontsize=9, wrap=True)
-    plt.close(figure)
-    return figure
+    figure.supxlabel(see, fontsize=9, color="0.25", wrap=True)
+    return _finished(figure)
 
 
-def _canvas() -> tuple[Figure, Axes]:
-    return plt.subplots(figsize=(7, 4), layout="constrained")
-
-
-def _scales(axes: Axes, log: str) -> None:
-    if not set(log) <= {"x", "y"}:
-        raise ValueError(f'log must name axes, one of "", "x", "y", "xy", got {log!r}')
-    for axis in log:
-        getattr(axes, f"set_{axis}scale")("log")
-
-
-def _finish(figure: Figure, axes: Axes, x: str, y: str, see: str) -> Figure:
+def _canvas(x: str, y: str, see: str, log: str = "") -> tuple[Figure, Axes]:
     if not (x and y and see):
         raise ValueError(f"a figure needs x and y labels and a sentence that says what to see, got {x=}, {y=}, {see=}")
-    axes.set(xlabel=x, ylabel=y)
+    if not set(log) <= {"x", "y"}:
+        raise ValueError(f'log must name axes, one of "", "x", "y", "xy", got {log!r}')
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.set(xlabel=x, ylabel=y, **{f"{axis}scale": "log" for axis in log})
     axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(see, fontsize=9, color="0.25", wrap=True)
+    return figure, axes
+
+
+def _finished(figure: Figure) -> Figure:
     plt.close(figure)  # or the notebook would show it a second time
     return figure
 

@@ -91,3 +91,6 @@ def pytest_collection_modifyitems(items):
             if row["bound"] is not None and "seen" not in item.fixturenames:
                 raise pytest.UsageError(f"{item.nodeid}: a bound needs the fixture `seen`, which measures")
             item.user_properties.append(("verifies", row))
+    if listing := os.environ.get("LIST_VERIFIED_NAMES"):  # see test_verification.py
+        names = {name for item in items for mark in item.iter_markers("verifies") for name in mark.args}
+        Path(listing).write_text(json.dumps(sorted(names)))

@@ -249,6 +249,19 @@ def test_a_weight_pruned_dynamically_comes_back_and_the_model_computes_with_exac
     assert all(torch.equal(p != 0, masks[name]) for name, p in model.named_parameters() if name in masks)
 
 
+def test_without_learning_a_pruned_weight_waits_with_the_value_it_had():
+    model = mlp()
+    dynamic = DynamicPruning(model, 0.5, learn_pruned=False)
+    before = {name: w.detach().clone() for name, w in dynamic.shadows.items()}
+    take_steps(model, torch.optim.SGD(model.parameters(), lr=0.5), 3)
+    for name, shadow in dynamic.shadows.items():
+        pruned = ~dynamic.masks[name]
+        assert torch.equal(shadow[pruned], before[name][pruned])
+        assert not torch.equal(shadow, before[name])
+    dynamic.masks = {name: torch.ones_like(mask) for name, mask in dynamic.masks.items()}
+    assert torch.equal(model.layers[0].weight, dynamic.shadows["layers.0.weight"]), "all of them are back"
+
+
 def test_dynamic_masks_are_part_of_the_models_state():
     saved, loaded = mlp(), mlp()
     DynamicPruning(saved, 0.8)

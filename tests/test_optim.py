@@ -853,10 +853,10 @@ def test_what_cannot_be_compiled_is_refused(params, rule, message):
 @verifies("optim.Optimizer", kind="message", against="the missing C++ compiler", on="compile=True")
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     params = leaves()
     before = twins(params)
     optimizer = Optimizer(params, replace(Adam(), eps=1.234e-8), LR, compile=True)  # a rule not compiled yet
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler.*compile=False"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with no_compiler, pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler.*compile=False"):
         run(optimizer, params, 1)
     assert gap(params, before) == 0

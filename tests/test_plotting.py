@@ -42,6 +42,7 @@ def test_a_figure_has_its_labels_and_its_sentence_and_is_closed(draw):
 def test_a_figure_without_a_label_or_sentence_is_refused(draw, missing):
     with pytest.raises(ValueError, match="needs x and y labels and a sentence"):
         draw({**SAYS, missing: ""})
+    assert plt.get_fignums() == []
 
 
 @pytest.mark.verifies(

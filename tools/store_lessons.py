@@ -5,15 +5,15 @@ no metadata but the kernel's and the language's, and in place of a live control 
 """
 
 import argparse
-import asyncio
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-from tqdm.asyncio import tqdm
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from tqdm import tqdm
 
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -34,29 +34,28 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
                 output.data = nbformat.from_dict({"text/plain": "▸ Run this cell to get the control."})
 
 
-async def store(path: Path, slots: asyncio.Semaphore) -> str | None:
+def store(path: Path) -> str | None:
     """Run one lesson and replace its file; return what went wrong, if anything."""
-    async with slots:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", record_timing=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}},
-        )  # fmt: skip
-        try:
-            await client.async_execute(env={**os.environ, **QUIET})
-        except CellExecutionError as error:
-            return f"{path}: {error}"
-        tidy(notebook)
-        unfinished = path.with_suffix(".unfinished")
-        nbformat.write(notebook, unfinished)
-        unfinished.replace(path)
-        return None
+    os.environ.update(QUIET)
+    notebook = nbformat.read(path, as_version=4)
+    options = {"extra_arguments": ["--IPKernelApp.log_level=ERROR"], "resources": {"metadata": {"path": path.parent}}}
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", record_timing=False, **options)
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return f"{path}: {error}"
+    tidy(notebook)
+    unfinished = path.with_suffix(".unfinished")
+    nbformat.write(notebook, unfinished)
+    unfinished.replace(path)
+    return None
 
 
-async def store_all(paths: list[Path], jobs: int) -> list[str]:
-    """Store every lesson, `jobs` at a time, with a progress line."""
-    slots = asyncio.Semaphore(jobs)
-    results = await tqdm.gather(*(store(path, slots) for path in paths), desc="lessons", unit="lesson")
+def store_all(paths: list[Path], jobs: int) -> list[str]:
+    """Store every lesson, `jobs` at a time, each in a process of its own, with a progress line."""
+    with ProcessPoolExecutor(jobs) as pool:
+        running = [pool.submit(store, path) for path in paths]
+        results = [done.result() for done in tqdm(as_completed(running), "lessons", len(paths), unit="lesson")]
     return [fault for fault in results if fault]
 
 
@@ -66,7 +65,7 @@ def main() -> int:
     parser.add_argument("lessons", nargs="+", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="lessons run at a time")
     options = parser.parse_args()
-    faults = asyncio.run(store_all(options.lessons, options.jobs))
+    faults = store_all(options.lessons, options.jobs)
     print("\n".join(faults), file=sys.stderr)
     return 1 if faults else 0
 

@@ -1,0 +1,1 @@
+"""Compression: pruning, quantization, weight sharing with entropy coding, distillation, and all of it in one call."""
