@@ -172,7 +172,10 @@ def store(runs: list[dict], seeds: list[int], folder: Path) -> None:
     file.with_name(STORED.with_suffix(".bmc").name).write_bytes(file.read_bytes())
     results = {
         "command": f"{COMMAND} --store --seeds {' '.join(map(str, seeds))}",
-        "protocol": "10,000 training images held out; recipes fixed on them with seed 0; then test measured once",
+        "protocol": (
+            "10,000 training images held out. Recipes fixed with seed 0 on them, from neighbouring settings and an "
+            "earlier teacher of the same design; then test measured once. Points of the curve were added after that."
+        ),
         "teacher": "one SmallCNN(20, 40, 80), seed 0, for all seeds",
         "dense_bytes": DENSE,
         "versions": versions(),
