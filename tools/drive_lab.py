@@ -121,7 +121,7 @@ class Lesson:
         cell = self.page.locator(".jp-CodeCell", has=self.page.locator(".noUi-handle")).first
         cell.scroll_into_view_if_needed()
         before = cell.locator("img").first.get_attribute("src")
-        cell.locator(".noUi-handle").click()
+        cell.locator(".noUi-handle").first.click()
         for _ in range(5):
             self.page.keyboard.press("ArrowRight")
         self.page.wait_for_function(
