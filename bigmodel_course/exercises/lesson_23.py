@@ -181,11 +181,6 @@ def _kmeans(weights: Tensor, k: int) -> Tensor:
     return share(weights, k).values.double()
 
 
-def _same_k(layers: Layers, limit: float) -> Layers:
-    """k-means with one k for all layers."""
-    return next(b for b in ([_kmeans(w, k) for w in layers] for k in range(1, 65)) if error_left(layers, b) <= limit)
-
-
 def _search_k(layers: Layers, limit: float, most: int = 24) -> Layers:
     """k-means with the cheapest k for each layer, out of all choices."""
     total = sum(float(w.square().sum()) for w in layers)
