@@ -13,7 +13,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-TABLE = Path(__file__).parent.parent / "build" / "verification.json"
+TABLE = Path(os.environ.get("VERIFICATION_TABLE", Path(__file__).parent.parent / "build" / "verification.json"))
 KINDS = ("parity", "equals one process", "invariant", "message", "recovery")
 
 os.environ.setdefault("TQDM_DISABLE", "1")

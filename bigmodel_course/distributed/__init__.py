@@ -1,0 +1,1 @@
+"""Several processes train one model: real ranks, their collectives, and the ways to divide the work."""
