@@ -27,7 +27,7 @@ def report(name: str, result: Result) -> None:
         {
             "ratio": label,
             "measured": f"{value:.3f}",
-            "target": f"<= {limit}" if (limit := result.targets.get(label)) else "",
+            "target": f"<= {result.targets[label]}" if label in result.targets else "",
         }
         for label, value in result.ratios.items()
     ]

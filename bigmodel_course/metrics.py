@@ -11,7 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "confusion_matrix", "f1", "mse", "precision", "r2", "recall", "rmse"]
+__all__ = [
+    "accuracy",
+    "confusion_matrix",
+    "expected_calibration_error",
+    "f1",
+    "mse",
+    "precision",
+    "r2",
+    "recall",
+    "rmse",
+]
 
 Average = Literal["binary", "macro", "micro"]
 
@@ -56,6 +66,26 @@ def f1(predicted: Tensor, target: Tensor, average: Average = "binary") -> float:
     """The harmonic mean of precision and recall: 2 TP / (2 TP + FP + FN).  Averages as in `precision`."""
     right, called, actual = _counts(predicted, target, average)
     return _share(2 * right, called + actual)
+
+
+def expected_calibration_error(probabilities: Tensor, target: Tensor, bins: int = 15) -> float:
+    """How far the probability given to the chosen class lies from the share that is right, on average.
+
+    `probabilities` [N, C], each row with sum 1, and the true labels [N].  Examples are put into `bins` equal ranges of
+    their largest probability; each bin counts |share right - mean probability| by its share of the examples (Guo et al.
+    2017, arXiv 1706.04599, equation 3).  It grows with few examples: a bin of one is never exactly right.
+    """
+    if probabilities.ndim != 2 or not probabilities.is_floating_point() or bins < 1:
+        shape = f"{probabilities.dtype} {list(probabilities.shape)}"
+        raise ValueError(f"need probabilities [N, C] as floats and bins >= 1, got {shape}, {bins=}")
+    if probabilities.numel() and not torch.allclose(probabilities.sum(1), probabilities.new_ones(()), atol=1e-3):
+        raise ValueError("probabilities must have rows of sum 1: of scores (logits), take softmax(1) first")
+    confidence, predicted = probabilities.double().max(1)
+    _labels(predicted, target)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    place = torch.bucketize(confidence, edges)  # a bin includes its upper end
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, (predicted == target).double() - confidence)
+    return gap.abs().sum().item() / len(target)
 
 
 def mse(predicted: Tensor, target: Tensor) -> float:

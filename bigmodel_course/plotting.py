@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "bars", "histogram", "images", "lines", "paths"]
+__all__ = ["COLOURS", "bars", "budgets", "histogram", "images", "lines", "paths"]
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; line styles differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -56,6 +56,32 @@ def bars(heights: Mapping[str, float], *, x: str, y: str, see: str, log: str = "
     return _finished(figure)
 
 
+def budgets(panels: Mapping[str, tuple[Mapping[str, float], float | None]], *, see: str) -> Figure:
+    """What fills each budget: one stacked bar a panel, each with an axis of its own.
+
+    `panels` maps an axis label with its unit to (parts by name, limit); a limit is drawn as a line, None is no limit.
+    Parts that are 0 are left out.
+    """
+    if not panels or not see:
+        raise ValueError(f"budgets need panels and a sentence that says what to see, got {len(panels)} and {see=}")
+    size = (7, 1.5 * len(panels) + 0.5)
+    figure, grid = plt.subplots(len(panels), 1, figsize=size, squeeze=False, layout="constrained")
+    for axes, (label, (parts, limit)) in zip(grid[:, 0], panels.items(), strict=True):
+        left = 0.0
+        for i, (name, width) in enumerate(parts.items()):
+            if width:
+                colour = COLOURS[i % len(COLOURS)]
+                axes.barh([0], [width], left=left, color=colour, edgecolor="white", label=f"{name} {width:,.3g}")
+            left += width
+        if limit is not None:
+            axes.axvline(limit, color="black", linestyle="--", label=f"limit {limit:,.4g}")
+        axes.set(xlabel=label, yticks=[], xlim=(0, 1.05 * max(left, limit or 0) or 1))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.supxlabel(see, fontsize=9, color="0.25", wrap=True)
+    return _finished(figure)
+
+
 def histogram(samples: Mapping[str, Any], *, x: str, y: str, see: str, bins: int = 40) -> Figure:
     """Outlined histograms of several samples on common bins."""
     figure, axes = _canvas(x, y, see)
@@ -91,6 +117,28 @@ def paths(
         axes.plot(points[:, 0], points[:, 1], marker="o", markersize=3, linewidth=1.5, label=name, **style)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.legend(frameon=False)
+    return _finished(figure)
+
+
+def timeline(rows: Mapping[str, Sequence[tuple[float, float, str, str]]], *, x: str, y: str, see: str) -> Figure:
+    """Bars along time, a row a name, the first on top: each bar is (start, end, kind, text), coloured by its kind.
+
+    A text stands only where its bar is wide enough.
+    """
+    figure, axes = _canvas(x, y, see)
+    every = [(r, *bar) for r, bars_of in enumerate(rows.values()) for bar in bars_of]
+    wide = 0.014 * (max(bar[2] for bar in every) - min(bar[1] for bar in every))
+    kinds = list(dict.fromkeys(bar[3] for bar in every))
+    for i, kind in enumerate(kinds):
+        places, starts, ends, _, texts = zip(*(bar for bar in every if bar[3] == kind), strict=True)
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        style = {"color": COLOURS[i % len(COLOURS)], "edgecolor": "white", "linewidth": 0.6, "height": 0.8}
+        drawn = axes.barh(places, lengths, left=starts, label=kind, **style)
+        shown = [text if length >= wide else "" for text, length in zip(texts, lengths, strict=True)]
+        axes.bar_label(drawn, shown, label_type="center", fontsize=7, color="white")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, ncols=len(kinds), loc="lower right", bbox_to_anchor=(1, 1))
     return _finished(figure)
 
 

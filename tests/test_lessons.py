@@ -51,7 +51,7 @@ def test_a_cell_is_compared_unless_it_asserts_a_ratio_or_shows_a_control(path):
     for before, cell in zip([None, *cells], cells, strict=False):
         if is_compared(cell):
             continue
-        control = re.fullmatch(r"show\.explore\((\w+), .*\)", cell.source, re.S)
+        control = re.fullmatch(r"show\.explore\(\s*(\w+),\s.*\)", cell.source, re.S)
         if control:
             assert f"{control[1]}(" in before.source, "the cell above a control shows the same thing with fixed values"
         else:

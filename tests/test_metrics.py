@@ -3,7 +3,9 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
+import sklearn.calibration
 import sklearn.metrics
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -126,6 +128,57 @@ WRONG = {
 def test_wrong_input_says_what_is_wrong(name, predicted, target, text):
     with pytest.raises((ValueError, TypeError), match=text):
         getattr(metrics, name)(predicted, target)
+
+
+@pytest.mark.verifies(
+    "metrics.expected_calibration_error",
+    kind="parity",
+    against="sklearn.calibration.calibration_curve, its bins weighted by their counts",
+    on="random softmax rows of 2 to 7 classes, sharp and flat, 1 to 200 examples, 1 to 20 bins",
+    bound=1e-12,
+)
+@pytest.mark.parametrize("seed", range(20))
+def test_the_calibration_error_is_that_of_scikit_learns_curve(seed, seen):
+    rng = torch.Generator().manual_seed(seed)
+    n, classes, bins = (
+        torch.randint(low, high, (1,), generator=rng).item() for low, high in ((1, 201), (2, 8), (1, 21))
+    )
+    scores = torch.randn(n, classes, dtype=torch.float64, generator=rng) * 3 * torch.rand(1, generator=rng)
+    probabilities, target = scores.softmax(1), torch.randint(classes, (n,), generator=rng)
+    confidence, predicted = probabilities.max(1)
+    right = (predicted == target).numpy()
+    shares, means = sklearn.calibration.calibration_curve(right, confidence.numpy(), n_bins=bins)
+    counts, _ = np.histogram(
+        np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence.numpy()), np.arange(bins + 1)
+    )
+    want = (abs(shares - means) * counts[counts > 0]).sum() / n
+    seen(abs(metrics.expected_calibration_error(probabilities, target, bins) - want))
+
+
+@pytest.mark.verifies(
+    "metrics.expected_calibration_error",
+    kind="message",
+    against="what was expected and what came",
+    on="scores for probabilities, one number an example, labels of another length, no example",
+)
+@pytest.mark.parametrize(
+    ("probabilities", "target", "text"),
+    [
+        (tensor([[2.0, 1.0]]), tensor([0]), "softmax"),
+        (tensor([0.5]), tensor([0]), r"probabilities \[N, C\]"),
+        (tensor([[0.5, 0.5]]), tensor([0, 1]), r"\[1\] and \[2\]"),
+        (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), "at least one"),
+    ],
+)
+def test_calibration_needs_probabilities(probabilities, target, text):
+    with pytest.raises(ValueError, match=text):
+        metrics.expected_calibration_error(probabilities, target)
+
+
+def test_sure_and_right_is_calibrated_and_sure_and_wrong_is_not():
+    sure = tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert metrics.expected_calibration_error(sure, tensor([0, 1])) == 0
+    assert metrics.expected_calibration_error(sure, tensor([1, 0])) == 1
 
 
 def test_an_unknown_average_is_named():

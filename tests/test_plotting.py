@@ -17,6 +17,7 @@ FIGURES = {
     "paths": lambda says: plotting.paths(
         lambda x, y: x**2 + y**2, {"walk": np.ones((3, 2))}, span=(-1, 1, -2, 2), **says
     ),
+    "timeline": lambda says: plotting.timeline({"rank 0": [(0, 1, "F", "0")], "rank 1": [(1, 3, "B", "0")]}, **says),
 }
 
 
@@ -25,6 +26,7 @@ FIGURES = {
     "plotting.bars",
     "plotting.histogram",
     "plotting.paths",
+    "plotting.timeline",
     kind="invariant",
     against="the labels and the sentence asked for",
     on="one figure each",
@@ -60,6 +62,19 @@ def test_a_line_holds_the_numbers_that_were_given():
 
 
 @pytest.mark.verifies(
+    "plotting.timeline", kind="invariant", against="the times given", on="two rows, two kinds; the first row on top"
+)
+def test_a_timeline_holds_the_times_that_were_given():
+    rows = {"rank 0": [(0, 1, "F", "0"), (4, 6, "B", "0")], "rank 1": [(1, 2, "F", "0"), (2, 4, "B", "0")]}
+    axes = plotting.timeline(rows, **SAYS).axes[0]
+    found = {(bar.get_x(), bar.get_x() + bar.get_width(), to_rgb(bar.get_facecolor())) for bar in axes.patches}
+    colours = dict(zip("FB", map(to_rgb, plotting.COLOURS), strict=False))
+    assert found == {(start, end, colours[kind]) for bars in rows.values() for start, end, kind, _ in bars}
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
+    assert axes.yaxis_inverted()
+
+
+@pytest.mark.verifies(
     "plotting.images", kind="invariant", against="the pictures given", on="(N, H, W) and (N, 1, H, W)"
 )
 @pytest.mark.parametrize("shape", [(5, 8, 8), (5, 1, 8, 8)])
@@ -68,6 +83,27 @@ def test_pictures_stand_in_a_grid_with_their_titles(shape):
     figure = plotting.images(pictures, list("abcde"), see="Five.", columns=3)
     assert [axes.get_title() for axes in figure.axes] == [*"abcde", ""]
     assert [int(axes.images[0].get_array().max()) for axes in figure.axes[:5]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.verifies(
+    "plotting.budgets",
+    kind="invariant",
+    against="the parts given",
+    on="two panels, one with a limit, a part of 0 left out",
+)
+def test_a_budget_stacks_its_parts_and_draws_its_limit():
+    panels = {
+        "memory (GB)": ({"weights": 2.0, "nothing": 0.0, "states": 3.0}, 4.0),
+        "time (s)": ({"compute": 1.0}, None),
+    }
+    memory, time = plotting.budgets(panels, see="It does not fit.").axes
+    assert [(bar.get_x(), bar.get_width()) for bar in memory.patches] == [(0.0, 2.0), (2.0, 3.0)]
+    assert list(memory.lines[0].get_xdata()) == [4.0, 4.0]
+    assert not time.lines
+    assert [axes.get_xlabel() for axes in (memory, time)] == list(panels)
+    with pytest.raises(ValueError, match="budgets need panels and a sentence"):
+        plotting.budgets({}, see="x")
+    assert plt.get_fignums() == []
 
 
 # How the colours look to eyes without one kind of cone: the matrices of Viénot, Brettel and Mollon (1999), which act on

@@ -1,5 +1,25 @@
 """What a model costs: parameters, FLOPs, bytes and seconds.  Pure arithmetic, no tensors."""
 
+from bigmodel_course.costs.adapters import (
+    EncoderConfig,
+    encoder,
+    lora,
+    trained_parameters,
+    tuning_bytes,
+    tuning_flops,
+)
+from bigmodel_course.costs.clusters import DEVICES, Cluster, Device, Layout
+from bigmodel_course.costs.communication import (
+    all_gather_bytes,
+    all_reduce_bytes,
+    all_to_all_bytes,
+    broadcast_bytes,
+    chunk_lengths,
+    collective_seconds,
+    reduce_bytes,
+    reduce_scatter_bytes,
+    star_bytes,
+)
 from bigmodel_course.costs.layers import (
     GPTConfig,
     Layer,
@@ -12,6 +32,8 @@ from bigmodel_course.costs.layers import (
     total,
     training_flops,
 )
+from bigmodel_course.costs.memory import RankBytes, sharded_bytes, sharded_sent_bytes, temporary_bytes
+from bigmodel_course.costs.mesh import Mesh, mesh_bytes, mesh_parameters
 from bigmodel_course.costs.optimization import (
     batch_variance,
     bias_correction,
@@ -23,30 +45,101 @@ from bigmodel_course.costs.optimization import (
     steps_at_batch,
     steps_to_reach,
 )
+from bigmodel_course.costs.pipeline import (
+    block_ranges,
+    boundary_bytes,
+    bubble_fraction,
+    gpt_stages,
+    live_passes,
+    pipeline_messages,
+)
+from bigmodel_course.costs.planning import Plan, activation_bytes, plan, search_layouts
+from bigmodel_course.costs.published import EFFICIENCY, Published, published
+from bigmodel_course.costs.sharding import ShardedStep, sharded_step
+from bigmodel_course.costs.tensor_parallel import (
+    Message,
+    tensor_parallel_bytes,
+    tensor_parallel_gpt,
+    tensor_parallel_messages,
+)
 from bigmodel_course.costs.training import optimizer_bytes, optimizer_step_bytes, seconds, training_bytes
+from bigmodel_course.costs.transfer import LITE0, BlockSpec, cached_flops, efficientnet_lite
+from bigmodel_course.costs.transformers import TRANSFORMERS, Matrix, Transformer
 
 __all__ = [
+    "DEVICES",
+    "EFFICIENCY",
+    "LITE0",
+    "TRANSFORMERS",
+    "BlockSpec",
+    "Cluster",
+    "Device",
+    "EncoderConfig",
     "GPTConfig",
     "Layer",
+    "Layout",
+    "Matrix",
+    "Mesh",
+    "Message",
+    "Plan",
+    "Published",
+    "RankBytes",
+    "ShardedStep",
+    "Transformer",
+    "activation_bytes",
+    "all_gather_bytes",
+    "all_reduce_bytes",
+    "all_to_all_bytes",
     "batch_variance",
     "bias_correction",
+    "block_ranges",
+    "boundary_bytes",
+    "broadcast_bytes",
+    "bubble_fraction",
+    "cached_flops",
+    "chunk_lengths",
+    "collective_seconds",
     "conv2d",
+    "efficientnet_lite",
+    "encoder",
     "gpt",
+    "gpt_stages",
     "gradient_descent_rate",
     "heavy_ball_rate",
     "lenet_300_100",
     "linear",
+    "live_passes",
+    "lora",
+    "mesh_bytes",
+    "mesh_parameters",
     "mlp",
     "noise_scale",
     "optimizer_bytes",
     "optimizer_step_bytes",
+    "pipeline_messages",
+    "plan",
+    "published",
+    "reduce_bytes",
+    "reduce_scatter_bytes",
+    "search_layouts",
     "seconds",
     "sgd_noise_floor",
+    "sharded_bytes",
+    "sharded_sent_bytes",
+    "sharded_step",
     "small_cnn",
     "stability_limit",
+    "star_bytes",
     "steps_at_batch",
     "steps_to_reach",
+    "temporary_bytes",
+    "tensor_parallel_bytes",
+    "tensor_parallel_gpt",
+    "tensor_parallel_messages",
     "total",
+    "trained_parameters",
     "training_bytes",
     "training_flops",
+    "tuning_bytes",
+    "tuning_flops",
 ]

@@ -1,0 +1,235 @@
+"""The training command: equal to a plain loop, the same on more ranks, and the same after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from bigmodel_course import corpus, train
+from bigmodel_course.checkpoint import CheckpointError
+from bigmodel_course.distributed.launch import launch
+from bigmodel_course.distributed.sharded_checkpoint import read_whole
+from bigmodel_course.models import GPT, GPT_SIZES
+from bigmodel_course.schedules import warmup_cosine
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    words = corpus.docstrings()[:60_000]
+    return str(corpus.write_tokens(tmp_path_factory.mktemp("text") / "text.bin", words))
+
+
+@pytest.fixture
+def settings(text, tmp_path) -> train.Settings:
+    folder = str(tmp_path / "checkpoints")
+    return train.Settings(steps=6, batch=4, length=16, warmup=2, text=text, checkpoints=folder, save_every=2)
+
+
+def plain(settings: train.Settings) -> dict[str, torch.Tensor]:
+    """The same training with torch's own optimizer and clipping, and nothing of ours but the model and the windows."""
+    model = GPT(GPT_SIZES[settings.size], generator=torch.Generator().manual_seed(settings.seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, foreach=False)
+    schedule = warmup_cosine(settings.lr, settings.warmup, settings.steps, floor=settings.lr / 10)
+    tokens, _ = corpus.split_tokens(corpus.read_tokens(settings.text))
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = schedule(step)
+        x, y = corpus.windows(tokens, settings.batch, settings.length, seed=settings.seed, step=step)
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def difference(mine: dict, theirs: dict) -> float:
+    """The largest relative L2 difference of any tensor."""
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-8)) for name in mine)
+
+
+VARIANTS = {
+    "one rank": (1, {}),
+    "two ranks, ZeRO-1": (2, {}),
+    "two ranks, ZeRO-3, two parts, blocks computed again": (2, {"stage": 3, "accumulate": 2, "recompute": True}),
+}
+
+
+@pytest.mark.verifies(
+    "train.train",
+    "train.Settings",
+    "train.recompute_blocks_",
+    kind="equals one process",
+    against="a plain loop with torch.optim.AdamW and clip_grad_norm_",
+    on="6 steps of a 1M GPT on real text; 1 and 2 ranks, ZeRO-1 and -3, two parts, recomputation; relative",
+    bound=2e-4,
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_ends_where_a_plain_loop_ends(settings, variant, seen):
+    ranks, options = VARIANTS[variant]
+    results = launch(train.train, ranks, replace(settings, **options), timeout=500)
+    assert all(result == results[0] for result in results)
+    step, state = read_whole(settings.checkpoints)
+    assert step == settings.steps
+    seen(difference(state, plain(settings)))
+
+
+@pytest.mark.verifies(
+    "train.train",
+    kind="recovery",
+    against="the run that was not interrupted",
+    on="bits of all weights after stopping at step 3 of 6 and going on, 2 ranks",
+    bound=0.0,
+)
+def test_an_interrupted_run_ends_in_the_same_bits(settings, tmp_path, seen):
+    whole = replace(settings, checkpoints=str(tmp_path / "whole"))
+    launch(train.train, 2, whole, timeout=500)
+    launch(lambda: train.train(settings, stop_after=3), 2, timeout=500)
+    assert read_whole(settings.checkpoints)[0] == 3
+    launch(train.train, 2, settings, timeout=500)
+    mine, theirs = read_whole(settings.checkpoints)[1], read_whole(whole.checkpoints)[1]
+    seen(max(float((mine[name] != theirs[name]).sum()) for name in theirs))
+
+
+@pytest.mark.verifies(
+    "train.train",
+    kind="recovery",
+    against="the run on 2 ranks that was not interrupted",
+    on="begun on 2 ranks, finished on 1; relative",
+    bound=2e-4,
+)
+def test_a_run_goes_on_with_another_number_of_ranks(settings, tmp_path, seen):
+    whole = replace(settings, checkpoints=str(tmp_path / "whole"))
+    launch(train.train, 2, whole, timeout=500)
+    launch(lambda: train.train(settings, stop_after=4), 2, timeout=500)
+    launch(train.train, 1, settings, timeout=500)
+    seen(difference(read_whole(settings.checkpoints)[1], read_whole(whole.checkpoints)[1]))
+
+
+def command(settings: train.Settings, log: Path) -> list[str]:
+    options = {**vars(settings), "journal": str(log)}
+    given = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items() if value not in (None, False)}
+    return ["-m", "bigmodel_course.train", *(word for pair in given.items() for word in pair)]
+
+
+def torchrun(settings: train.Settings, log: Path) -> subprocess.Popen:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *command(settings, log)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps(log: Path) -> list[int]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line["step"] for line in map(json.loads, lines) if "step" in line]
+
+
+def kill_rank(agent: subprocess.Popen, rank: int) -> None:
+    """SIGKILL to the process of that rank, among the agent's children."""
+    for child in psutil.Process(agent.pid).children(recursive=True):
+        if "bigmodel_course.train" in child.cmdline() and child.environ().get("RANK") == str(rank):
+            os.kill(child.pid, signal.SIGKILL)
+            return
+    pytest.fail(f"no process of rank {rank}")
+
+
+@pytest.mark.verifies(
+    "train.main",
+    "train.train",
+    kind="recovery",
+    against="the same run under torchrun that nobody killed",
+    on="rank 1 of 2 killed with SIGKILL in the middle, restarted by torchrun; bits of all weights",
+    bound=0.0,
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_rank_under_torchrun_costs_no_bit(settings, tmp_path, seen):
+    settings = replace(settings, steps=40, save_every=5)
+    whole = replace(settings, checkpoints=str(tmp_path / "whole"))
+    launch(train.train, 2, whole, timeout=500)
+    log = tmp_path / "log.jsonl"
+    with torchrun(settings, log) as agent:
+        try:
+            deadline = time.monotonic() + 240
+            while max(steps(log), default=0) < 12 and agent.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            kill_rank(agent, 1)
+            out, err = agent.communicate(timeout=400)
+        finally:
+            agent.kill()
+    assert agent.returncode == 0, err[-2000:]
+    assert json.loads(out.splitlines()[-1])["step"] == 40
+    begun = [line["from_step"] for line in map(json.loads, log.read_text().splitlines()) if "from_step" in line]
+    assert begun[0] == 0
+    assert begun[-1] >= 10
+    mine, theirs = read_whole(settings.checkpoints)[1], read_whole(whole.checkpoints)[1]
+    seen(max(float((mine[name] != theirs[name]).sum()) for name in theirs))
+
+
+WRONG = {
+    "size must be one of 1M": {"size": "7B"},
+    "precision must be one of fp32, bf16, got 'int4'": {"precision": "int4"},
+    "batch must be at least 1, got 0": {"batch": 0},
+    "warmup must be between 0 and steps = 5, got 5": {"steps": 5, "warmup": 5},
+    "length must be at most 256, the context, got 512": {"length": 512},
+}
+
+
+@pytest.mark.verifies("train.Settings", kind="message", against="an error's words", on="five wrong settings")
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_settings_are_named(words):
+    with pytest.raises(ValueError, match=words):
+        train.Settings(**WRONG[words])
+
+
+@pytest.mark.verifies("train.main", kind="message", against="the command's exit", on="a setting that is refused")
+def test_the_command_refuses_what_the_settings_refuse(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--size", "7B"])
+    assert "size must be one of 1M" in capsys.readouterr().err
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(settings):
+    with pytest.raises(RuntimeError, match=r"batch must be a multiple of ranks \* accumulate = 1 \* 3, got 4"):
+        launch(train.train, 1, replace(settings, accumulate=3), timeout=300)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        read_whole(tmp_path)
+
+
+def slurm() -> list[str]:
+    lines = (ROOT / "clusters" / "slurm.sbatch").read_text().split("bigmodel_course.train")[1]
+    return lines.replace("\\\n", " ").split()
+
+
+def kubernetes() -> list[str]:
+    _, job = yaml.safe_load_all((ROOT / "clusters" / "kubernetes.yaml").read_text())
+    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    return arguments[arguments.index("bigmodel_course.train") + 1 :]
+
+
+@pytest.mark.verifies(
+    "train.parser", kind="invariant", against="the settings", on="the commands in the Slurm and Kubernetes files"
+)
+@pytest.mark.parametrize("cluster", [slurm, kubernetes])
+def test_the_cluster_files_say_what_the_command_understands(cluster):
+    wanted = vars(train.parser().parse_args(cluster()))
+    assert wanted.pop("ranks") is None
+    wanted.pop("threads")
+    assert train.Settings(**wanted).size == "124M"
+
+
+def test_the_slurm_file_is_a_shell_script():
+    subprocess.run(["bash", "-n", str(ROOT / "clusters" / "slurm.sbatch")], check=True)
