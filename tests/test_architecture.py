@@ -1,6 +1,7 @@
 """The package has no circles: a module imports only what its row allows; each big library has one door."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import bigmodel_course
@@ -140,9 +141,15 @@ ALLOWED: dict[str, set[str]] = {  # module -> the package's modules it may impor
     },
 }
 NO_TORCH = {"costs", "schedules"}  # and what is inside them
-ONE_DOOR = {"matplotlib": "plotting", "onnx": "deployment.export", "onnxruntime": "deployment.runtime"}
+ONE_DOOR = {
+    "matplotlib": "plotting",
+    "huggingface_hub": "transfer.weights",
+    "onnx": "deployment.export",
+    "onnxruntime": "deployment.runtime",
+}
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module by its name; a package is one of them where its __init__ says what is public."""
     trees = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
