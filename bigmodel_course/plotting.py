@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "bars", "budgets", "histogram", "images", "lines", "paths"]
+__all__ = ["COLOURS", "bars", "budgets", "histogram", "images", "lines", "paths", "timeline"]
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; line styles differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
