@@ -50,7 +50,7 @@ def save(path: str | Path, state: Any) -> None:
         raise OSError(
             error.errno, f"cannot write the checkpoint ({error.strerror}); an older one is as it was", path
         ) from error
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load(path: str | Path) -> Any:
@@ -178,7 +178,7 @@ def _unpacked(value: Any, tensors: list[Tensor]) -> Any:
     return {key: _unpacked(item, tensors) for key, item in content}
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a new name to the disk; Windows has no such call, and needs none."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -5,25 +5,27 @@ The text differs a little from one Python version to the next, so nothing may de
 """
 
 import ast
-import os
 import random
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bigmodel_course.files import write_whole
+
 __all__ = ["bigram_loss", "docstrings", "read_tokens", "split_tokens", "windows", "write_tokens"]
 
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "turtledemo", "__pycache__"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SHORTEST = 40  # characters: shorter ones say little
 
 
 def docstrings(seed: int = 0) -> str:
     """Every docstring of the standard library once, shuffled, an empty line between them: about 1.6 million bytes."""
-    found = list(dict.fromkeys(text for path in _sources() for text in _documented(path)))
+    texts = (text for path in _sources() for text in documented(path) if len(text) >= SHORTEST)
+    found = list(dict.fromkeys(texts))
     random.Random(seed).shuffle(found)  # or the held-out end would be one kind of module
     return "\n\n".join(found)
 
@@ -33,26 +35,22 @@ def _sources() -> list[Path]:
     return sorted(path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
 
 
-def _documented(path: Path) -> Iterator[str]:
+def documented(path: Path, kinds: tuple[type[ast.AST], ...] = DOCUMENTED) -> Iterator[str]:
+    """The docstrings in a Python file, which is read and never imported; none where it cannot be parsed."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # a few files of other encodings: they are left out
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # a template, or text in another encoding
         return
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text and len(text) >= SHORTEST:
-                yield text
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
 
 
 def write_tokens(path: str | Path, text: str) -> Path:
     """Write `text` as bytes, one token each, for `read_tokens`; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(text.encode())
-    os.replace(draft, path)
+    write_whole(path, text.encode())
     return path
 
 

@@ -5,12 +5,13 @@ left as it stands, so running a lesson again changes nothing.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from filelock import FileLock
+
+from bigmodel_course.files import write_whole
 
 __all__ = ["Stamp", "read", "stamp"]
 
@@ -69,9 +70,8 @@ def stamp(new: Stamp, path: str | Path = "passport.json") -> Sequence[Stamp]:
         old = rows.get(new.treatment)
         if old is None or not _same(old, new):
             rows[new.treatment] = new
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            text = json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n"
+            write_whole(path, text.encode())
     return list(rows.values())
 
 

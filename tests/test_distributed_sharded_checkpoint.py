@@ -280,7 +280,7 @@ KILLS = {  # place: victim, what is called there, for which time, the newest goo
     "when its part has no name yet": (1, os, "replace", 1, 1),
     "before the index": (0, sharded_checkpoint, "_finish", 1, 1),
     "when the index has no name yet": (0, os, "replace", 2, 1),
-    "after the index": (0, checkpoint, "_sync_folder", 2, 2),
+    "after the index": (0, checkpoint, "sync_folder", 2, 2),
     "when an old one is half removed": (0, shutil, "rmtree", 1, 2),
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from bigmodel_course import costs, optim
 from bigmodel_course.models import GPT, MLP, GPTConfig
-from bigmodel_course.transfer import adapter_files, lora
+from bigmodel_course.transfer import lora
 from bigmodel_course.transfer.adapter_files import base_hash, load_adapter_, save_adapter
 from bigmodel_course.transfer.encoder import Encoder, TextClassifier
 from bigmodel_course.transfer.lora import LoRALinear, adapters, inject_, merge_, unmerge_
@@ -293,7 +294,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(adapter_files.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     train(model, "mlp")
     with pytest.raises(OSError, match="no space"):
         save_adapter(tmp_path / "adapter", model)

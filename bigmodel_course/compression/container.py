@@ -32,6 +32,7 @@ from bigmodel_course.compression.bits import (
 )
 from bigmodel_course.compression.huffman import read_sparse, write_sparse
 from bigmodel_course.compression.sharing import Codebook, CodedLayer
+from bigmodel_course.files import write_whole
 
 __all__ = ["load_compressed", "save_compressed"]
 
@@ -72,7 +73,7 @@ def save_compressed(
     bits["values"] = 8 * len(MAGIC) + len(writer) - bits["header"]
     coded = _write_coded(writer, layers, sizes, form, bits)
     content = MAGIC + writer.getvalue() + coded
-    _write_whole(Path(path), content + hashlib.sha256(content).digest()[:CHECKSUM])
+    write_whole(Path(path), content + hashlib.sha256(content).digest()[:CHECKSUM])
     bits["padding"] = 8 * len(content) - sum(bits.values())
     return {kind: n / 8 for kind, n in bits.items()} | {"checksum": CHECKSUM}
 
@@ -262,16 +263,3 @@ def _check(layers: Sequence[CodedLayer], coder: str, value_bits: int, bias_bits:
         if bias is not None and (bias.shape != book.codes.shape[:1] or not bias.isfinite().all()):
             raise ValueError(f"layers[{i}].bias must be finite, [{len(book.codes)}], got {list(bias.shape)}")
     _limited(sum(max(x.weight.codes.numel(), len(x.weight.codes)) for x in layers), MOST_WEIGHTS[coder], "weights")
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """To a file beside `path`, to the disk, and only then under its name: a crash leaves the old file or the new."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

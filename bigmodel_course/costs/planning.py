@@ -10,6 +10,7 @@ from itertools import product
 
 from bigmodel_course.costs.arguments import positive
 from bigmodel_course.costs.clusters import Cluster, Layout
+from bigmodel_course.costs.pipeline import bubble_fraction
 from bigmodel_course.costs.sharding import held
 from bigmodel_course.costs.transformers import Transformer
 
@@ -149,13 +150,13 @@ def _time(model: Transformer, cluster: Cluster, layout: Layout) -> tuple[dict[st
     seconds = {axis: sent[axis] / cluster.bandwidth(spans[axis]) for axis in sent}
     rate = cluster.device.flops * cluster.efficiency
     seconds["compute"] = per * _slowest_stage_flops(model, layout) / rate
-    idle = (layout.pipeline - 1) / layout.chunks / per  # in units of the work of all microbatches
+    bubble = bubble_fraction(layout.pipeline, per, chunks=layout.chunks)
     busy = seconds["compute"] + seconds["tensor"] + seconds["pipeline"]
-    seconds["bubble"] = idle * busy
+    seconds["bubble"] = busy * bubble / (1 - bubble)
     if layout.overlap:  # behind the backward pass: of every microbatch with ZeRO-3, else of the last one
         hidden = seconds["compute"] * 2 / 3 / (1 if layout.stage == 3 else per)
         seconds["data"] = max(0.0, seconds["data"] - hidden)
-    return sent, seconds, idle / (1 + idle)
+    return sent, seconds, bubble
 
 
 def _sent(model: Transformer, layout: Layout) -> dict[str, float]:

@@ -8,7 +8,6 @@ digests: a folder without one is a save that never finished, and counts for noth
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from bigmodel_course import checkpoint
 from bigmodel_course.checkpoint import CheckpointError
 from bigmodel_course.distributed.sharded import Bucket, Sharded
+from bigmodel_course.files import write_whole
 
 __all__ = ["load_sharded", "read_whole", "save_sharded"]
 
@@ -167,14 +167,9 @@ def _finish(folder: Path, place: Path, index: dict[str, Any], keep: int) -> None
     """Write the index: from then on the checkpoint counts.  Then remove what is old or was never finished."""
     text = json.dumps(index)
     whole = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "index": text})
-    unfinished = place / "index.json.unfinished"
-    with open(unfinished, "w") as file:
-        file.write(whole)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, place / "index.json")
+    write_whole(place / "index.json", whole.encode())
     for path in (place, folder):
-        checkpoint._sync_folder(path)
+        checkpoint.sync_folder(path)
     finished = [p for p in _places(folder) if (_place(folder, *p) / "index.json").exists()]
     for old in set(_places(folder)) - set(finished[:keep]):
         (_place(folder, *old) / "index.json").unlink(missing_ok=True)  # first: half a checkpoint must not count

@@ -4,10 +4,8 @@ An adapter is a difference.  Put on other weights it gives numbers all the same,
 names its base, and loading asks for it.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Generator, Tensor, nn
 
+from bigmodel_course.files import write_whole
 from bigmodel_course.transfer.lora import LoRALinear, adapters, inject_
 
 __all__ = ["base_hash", "load_adapter_", "save_adapter"]
@@ -57,7 +56,8 @@ def save_adapter(path: str | Path, model: nn.Module) -> None:
     whole = [name for name in tensors if name.rpartition(".")[0] not in found]
     one = next(iter(found.values()))
     described = {"format": FORMAT, "base": base_hash(model, without=whole), "layers": list(found), "also": whole}
-    _write(Path(path), tensors, described | {"rank": one.rank, "alpha": one.alpha})
+    described |= {"rank": one.rank, "alpha": one.alpha}
+    write_whole(Path(path), safetensors.torch.save(tensors, {"adapter": json.dumps(described)}))
 
 
 def load_adapter_(model: nn.Module, path: str | Path) -> dict[str, LoRALinear]:
@@ -81,16 +81,6 @@ def load_adapter_(model: nn.Module, path: str | Path) -> dict[str, LoRALinear]:
         if name in tensors:
             p.requires_grad_(True).data.copy_(tensors[name])
     return made
-
-
-def _write(path: Path, tensors: dict[str, Tensor], described: dict) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        safetensors.torch.save_file(tensors, unfinished, {"adapter": json.dumps(described)})
-        os.replace(unfinished, path)
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:

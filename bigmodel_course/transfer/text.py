@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from bigmodel_course.corpus import documented
 from bigmodel_course.costs import EncoderConfig
 from bigmodel_course.data import Dataset, batches
 from bigmodel_course.optim import AdamW, Optimizer
@@ -208,12 +209,7 @@ def _first_sentences(folder: Path, wanted: int) -> list[str]:
 
 
 def _sentences(path: Path) -> Iterable[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a template, or text in another encoding
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-            sentence = " ".join(text.split("\n\n")[0].split())
-            if 4 <= len(sentence.split()) <= 30:
-                yield sentence
+    for text in documented(path, (ast.FunctionDef, ast.ClassDef)):
+        sentence = " ".join(text.split("\n\n")[0].split())
+        if 4 <= len(sentence.split()) <= 30:
+            yield sentence
