@@ -64,17 +64,22 @@ class Exercise:
 
     def check(self, answer: Answer | Any) -> None:
         """Print a tick and a remark, print "not attempted", or raise `WrongAnswer` with a hint."""
-        answer = answer if callable(answer) else _constant(answer)
-        results = [self._call(answer, trial) for trial in self.trials]
-        if all(_untouched(result) for result in results):
+        if self.right(answer):
+            print(f"✓ {self.name}: {self.remark}{self._scored(answer)}")
+        else:
             print(f"{self.name}: not attempted")
-            return
+
+    def right(self, answer: Answer | Any) -> bool:
+        """True for a right answer, False for one that was not attempted; a wrong one raises `WrongAnswer`."""
+        results = [self._call(_called(answer), trial) for trial in self.trials]
+        if all(_untouched(result) for result in results):
+            return False
         for trial, result in zip(self.trials, results, strict=True):
             fault = self.fault(trial, result)
             if fault:
                 lines = (f"✗ {self.name}: {fault}.", self._where(trial), self.hint(results))
                 raise WrongAnswer("\n  ".join(filter(None, lines)))
-        print(f"✓ {self.name}: {self.remark}{self._scored(answer)}")
+        return True
 
     def fault(self, trial: tuple, result: Any) -> str | None:
         """What is wrong with `result` for the arguments `trial`, or None."""
@@ -126,7 +131,7 @@ class Exercise:
     def _scored(self, answer: Answer) -> str:
         if not self.score:
             return ""
-        measured, par, unit = self.score.measure(answer), self.score.par, self.score.unit
+        measured, par, unit = self.score.measure(_called(answer)), self.score.par, self.score.unit
         verdict = "at or under par" if measured <= par else "right, and it can be done with less"
         return f" Score: {measured:,.6g} {unit} (par {par:,.6g}): {verdict}."
 
@@ -189,8 +194,8 @@ def _equal(got: Any, want: Any, tolerance: float) -> bool:
     return math.isclose(got, want, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(got) and math.isnan(want))
 
 
-def _constant(value: Any) -> Answer:
-    return lambda *_: value
+def _called(answer: Answer | Any) -> Answer:
+    return answer if callable(answer) else lambda *_: answer
 
 
 def _untouched(result: Any) -> bool:

@@ -36,9 +36,7 @@ TICK = "✓ 11.1"
 @contextmanager
 def jupyter_lab(lesson: str) -> Iterator[str]:
     """`make lab` on a free loopback port, stopped at the end; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as home, open(PICTURES / "server.log", "w") as log:
         private = {name: str(Path(home) / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
         settings = Path(home) / "JUPYTER_CONFIG_DIR/lab/user-settings/@jupyterlab/notebook-extension"
@@ -56,6 +54,13 @@ def jupyter_lab(lesson: str) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait(20)
+
+
+def free_port() -> int:
+    """A loopback port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_until_up(address: str, server: subprocess.Popen) -> None:

@@ -1,19 +1,17 @@
 """The parent's side of one rank: start its process, hear what it says, ask where it stands, end it."""
 
-import multiprocessing
 import os
 import pickle
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import connection, spawn
+from contextlib import suppress
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from time import monotonic, sleep
 from typing import Any
 
+from bigmodel_course import forkserver
 from bigmodel_course.distributed import rank
 from bigmodel_course.distributed.rank import Frame, Job, Report
 
@@ -23,7 +21,6 @@ __all__ = ["Rank", "listen", "start"]
 PRELOAD = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.pipelining", "torch.distributed.checkpoint")
 KEPT = 2**20  # bytes kept of each stream that a rank prints into
 STANDS = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)  # as faulthandler writes, the innermost first
-_starting = threading.Lock()
 
 
 class _Stream:
@@ -57,14 +54,13 @@ class Rank:
         self.number = job.rank
         self.report: Report | None = None
         self.frames: list[Frame] | None = None  # where it stood when it was asked, the innermost last
-        context = _context()
+        context = forkserver.context(*PRELOAD, rank.__name__)
         self.control, theirs = context.Pipe()
         pipes = [context.Pipe(duplex=False) for _ in range(3)]
         self.out, self.err, self.trace = (_Stream(reader) for reader, _ in pipes)
         ends = [theirs, *(writer for _, writer in pipes)]
         self.process = context.Process(target=rank.main, args=(job, *ends), name=f"rank {job.rank}")
-        with _without_main():
-            self.process.start()
+        forkserver.start(self.process)  # cloudpickle sends what a rank needs of the caller's script
         for end in ends:
             end.close()
 
@@ -164,29 +160,3 @@ def _death(code: int | None) -> str:
     known = {number.value: number.name for number in signal.Signals}
     hint = " (often: no memory left)" if -code == 9 else ""
     return f"was ended by {known.get(-code, f'signal {-code}')}{hint}"
-
-
-def _context() -> Any:
-    """A forkserver with torch loaded; spawn, which is slower, where there is none."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, rank.__name__])
-    return context
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Start ranks without running the caller's script again: cloudpickle sends what they need of it."""
-    with _starting:
-        prepare = spawn.get_preparation_data
-
-        def ours(name: str) -> dict:
-            data = prepare(name)
-            return {k: v for k, v in data.items() if not (name.startswith("rank ") and k.startswith("init_main"))}
-
-        spawn.get_preparation_data = ours
-        try:
-            yield
-        finally:
-            spawn.get_preparation_data = prepare

@@ -1,0 +1,1 @@
+"""The classroom: problem sets that grade themselves, with the student's code in a process of its own."""

@@ -1,0 +1,68 @@
+"""A problem set as its notebook holds it: the cells that are given, and its problems."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+__all__ = ["GIVEN", "Problem", "ProblemSet", "read", "read_cells"]
+
+GIVEN = ("setup", "numbers")  # the cells that every answer and every test sees
+SECONDS = 10.0  # of the student's own computing, where a test does not say
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question: the source of its answer and of its test, its points and its time limit in seconds."""
+
+    name: str
+    answer: str
+    test: str
+    points: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """What a set gives (`given`), asks (`problems`) and has read by a teacher (`written`: points by cell)."""
+
+    given: str
+    problems: tuple[Problem, ...]
+    written: Mapping[str, int]
+
+    @property
+    def points(self) -> int:
+        """All points, those of the written questions included."""
+        return sum(problem.points for problem in self.problems) + sum(self.written.values())
+
+
+def read(path: str | Path) -> ProblemSet:
+    """The set that the notebook `path` holds."""
+    return read_cells(nbformat.read(path, as_version=4).cells)
+
+
+def read_cells(cells: list[Any]) -> ProblemSet:
+    """The set that these cells hold; a cell is known by its nbgrader id, `test_NAME` is the test of `NAME`."""
+    named = {cell.metadata["nbgrader"]["grade_id"]: cell for cell in cells if "nbgrader" in cell.metadata}
+    missing = [name for name in GIVEN if name not in named]
+    if missing:
+        raise ValueError(f"cells must hold the cells {' and '.join(GIVEN)}, and {' and '.join(missing)} is not there")
+    tests = {name.removeprefix("test_"): cell for name, cell in named.items() if name.startswith("test_")}
+    problems = [
+        Problem(
+            name=name,
+            answer=named[name].source if name in named else "",
+            test=cell.source,
+            points=cell.metadata["nbgrader"]["points"],
+            seconds=cell.metadata.get("seconds", SECONDS),
+        )
+        for name, cell in tests.items()
+    ]
+    written = {
+        name: cell.metadata["nbgrader"]["points"]
+        for name, cell in named.items()
+        if cell.cell_type == "markdown" and cell.metadata["nbgrader"]["grade"]
+    }
+    return ProblemSet("\n".join(named[name].source for name in GIVEN), tuple(problems), written)

@@ -1,0 +1,45 @@
+"""The problem sets with other numbers: `make exam SEED=7` writes a course folder in which nbgrader does the rest.
+
+It holds the sets' sources, released copies and nbgrader's settings.  The same seed gives the same numbers.
+"""
+
+import argparse
+import importlib
+import random
+import shutil
+from pathlib import Path
+
+import nbformat
+
+from bigmodel_course.classroom.exam import renumbered
+from tools.class_demo import ASSIGNMENTS, ROOT, nbgrader
+
+
+def write(seed: int, folder: Path) -> list[Path]:
+    """Write every set with the numbers of `seed` into the new `folder`; the sources' paths."""
+    folder.mkdir(parents=True)
+    shutil.copy(ASSIGNMENTS / "nbgrader_config.py", folder)
+    written = []
+    for path in sorted((ASSIGNMENTS / "source").glob("*/*.ipynb")):
+        draw = importlib.import_module(f"assignments.numbers.set_{path.stem}").draw
+        copy = folder / "source" / path.stem / path.name
+        copy.parent.mkdir(parents=True)
+        nbformat.write(renumbered(nbformat.read(path, as_version=4), draw(random.Random(seed))), copy)
+        written.append(copy)
+    return written
+
+
+def main() -> None:
+    """Write the exam and say where it lies."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("seed", type=int)
+    seed = parser.parse_args().seed
+    folder = ROOT / "build" / f"exam-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in write(seed, folder):
+        nbgrader(folder, "generate_assignment", path.stem)
+    print(f"The sets with the numbers of seed {seed}: build/{folder.name}, for the class in its folder release.")
+
+
+if __name__ == "__main__":
+    main()
