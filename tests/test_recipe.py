@@ -1,13 +1,22 @@
-"""The digit model gives the same answers wherever it is trained, and good ones."""
+"""The course's small models give the same answers wherever they are trained, and good ones."""
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
+from bigmodel_course import recipe
+from bigmodel_course.corpus import bigram_loss, docstrings, windows
 from bigmodel_course.data import batches
-from bigmodel_course.models import digit_model
-from bigmodel_course.recipe import digit_parts, train_digits, trained_digit_model
+from bigmodel_course.models import GPT, digit_model
+from bigmodel_course.recipe import (
+    byte_gpt_parts,
+    digit_parts,
+    train_byte_gpt,
+    train_digits,
+    trained_byte_gpt,
+    trained_digit_model,
+)
 from bigmodel_course.training import evaluate
 
 
@@ -66,3 +75,67 @@ def test_options_reach_the_loop():
     model = digit_model(generator=torch.Generator().manual_seed(0))
     history = train_digits(model, train, epochs=2, validation=validation)
     assert len(history.validation_loss) == 2
+
+
+@pytest.mark.verifies(
+    "recipe.byte_gpt_parts", kind="invariant", against="the docstrings", on="every byte, in order, 5 % held out"
+)
+def test_the_text_is_the_docstrings_whole():
+    train, held_out = byte_gpt_parts()
+    assert bytes(torch.cat([train, held_out]).tolist()) == docstrings().encode()
+    assert abs(len(held_out) / (len(train) + len(held_out)) - 0.05) < 1e-3
+
+
+@pytest.mark.verifies(
+    "recipe.trained_byte_gpt",
+    kind="invariant",
+    against="the bigram baseline, counted in the same text",
+    on="64 held-out windows: at least 0.4 nats a byte below it",
+)
+def test_the_byte_gpt_is_well_below_the_bigram_baseline():
+    train, held_out = byte_gpt_parts()
+    x, y = windows(held_out, 64, 64, seed=1, step=0)
+    with torch.no_grad():
+        loss = cross_entropy(trained_byte_gpt()(x).flatten(0, 1), y.flatten())
+    assert loss < bigram_loss(train, held_out) - 0.4
+
+
+@pytest.mark.verifies(
+    "recipe.train_byte_gpt",
+    kind="invariant",
+    against="itself with two threads",
+    on="12 steps of the byte GPT, every bit of every weight",
+    bound=0.0,
+)
+def test_the_byte_gpt_has_the_same_bits_with_one_thread_and_two(seen):
+    train, threads, models = byte_gpt_parts()[0], torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            models.append(GPT(recipe.BYTE_GPT, generator=torch.Generator().manual_seed(0)))
+            train_byte_gpt(models[-1], train, steps=12)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (parameters_to_vector(m.parameters()).detach() for m in models)
+    seen((one - two).abs().max())
+    start = GPT(recipe.BYTE_GPT, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(one, parameters_to_vector(start.parameters()))
+
+
+def test_it_is_trained_once_and_again_when_its_file_is_damaged_or_cannot_be_written(tmp_path, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(recipe, "docstrings", lambda: "Return the number of the line. " * 40)
+    monkeypatch.setattr(recipe, "train_byte_gpt", lambda model, train: trainings.append(len(train)))
+    monkeypatch.setenv("BIGMODEL_CACHE", str(tmp_path / "cache"))
+    first, second = trained_byte_gpt(), trained_byte_gpt()
+    assert len(trainings) == 1
+    assert torch.equal(first.tokens.weight, second.tokens.weight)
+    (file,) = (tmp_path / "cache").glob("byte-gpt-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    trained_byte_gpt()
+    assert len(trainings) == 2
+    monkeypatch.setenv("BIGMODEL_CACHE", str(file))  # a file where the folder should be
+    trained_byte_gpt()
+    assert len(trainings) == 3
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".safetensors"] * 2

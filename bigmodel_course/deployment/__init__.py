@@ -1,0 +1,1 @@
+"""Deployment: a trained model exported, run, served, and kept answering while its workers die."""
