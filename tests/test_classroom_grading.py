@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -130,4 +131,12 @@ def test_an_exam_has_other_numbers_and_the_solutions_pass(tmp_path):
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
     asked = read(other)
     [output] = mark(asked, asked.problems[1], asked.problems[1].answer)
+    assert output.output_type == "stream"
+
+
+def test_an_answer_cannot_bring_builtins_of_its_own(asked):
+    problem = replace(asked.problems[0], answer="def twice(x): return 2 * x", test="assert bool(twice(3) == 6)")
+    [output] = mark(asked, problem, "def twice(x): return 7\ndef bool(x): return True")
+    assert output.output_type == "error"
+    [output] = mark(asked, problem, "def twice(x): return x + x")
     assert output.output_type == "stream"

@@ -1,5 +1,6 @@
 """A problem set as its notebook holds it: the cells that are given, and its problems."""
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,16 @@ class Problem:
     test: str
     points: int
     seconds: float
+
+    def defines(self) -> set[str]:
+        """The names that `answer` defines at its top level; of a student's answer a test gets these, and no other."""
+        names: set[str] = set()
+        for line in ast.parse(self.answer).body:
+            if isinstance(line, ast.FunctionDef):
+                names.add(line.name)
+            elif isinstance(line, (ast.Assign, ast.AnnAssign)):
+                names |= {part.id for part in ast.walk(line) if isinstance(part, ast.Name) and _is_target(part)}
+        return names
 
 
 @dataclass(frozen=True)
@@ -66,3 +77,7 @@ def read_cells(cells: list[Any]) -> ProblemSet:
         if cell.cell_type == "markdown" and cell.metadata["nbgrader"]["grade"]
     }
     return ProblemSet("\n".join(named[name].source for name in GIVEN), tuple(problems), written)
+
+
+def _is_target(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
