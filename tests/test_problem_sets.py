@@ -14,6 +14,7 @@ from traitlets.config.loader import PyFileConfigLoader
 
 from bigmodel_course.classroom.exam import renumbered
 from bigmodel_course.classroom.sets import read_cells
+from tools.release_sets import PAGE, page
 
 ROOT = Path(__file__).parent.parent
 SETS = sorted((ROOT / "assignments" / "source").glob("*/*.ipynb"))
@@ -25,7 +26,7 @@ def source(path):
 
 
 def proof(path):
-    return importlib.import_module(f"problem_sets.set_{path.stem}")
+    return importlib.import_module(f"assignments.proofs.set_{path.stem}")
 
 
 def draw(path, seed):
@@ -114,6 +115,10 @@ def test_a_set_has_four_to_six_problems_and_two_written_questions_with_a_rubric(
             assert (cell.outputs, cell.execution_count) == ([], None)
 
 
+def test_the_books_page_is_in_step_with_the_sets():
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
 def test_a_release_holds_no_solution_no_hidden_test_and_no_rubric(path):
     text = "\n".join(cell.source for cell in released(source(path)).cells)
@@ -150,9 +155,11 @@ def test_an_untouched_answer_scores_nothing(path, problem):
     )  # its visible part says so too
 
 
+@pytest.mark.parametrize("seed", [None, 1], ids=["as stored", "another copy"])
 @pytest.mark.parametrize(("path", "problem", "wrong"), cases(wrongs))
-def test_a_typical_wrong_answer_loses_the_points_and_gets_its_hint(path, problem, wrong):
-    said = outcome(read_cells(source(path).cells).given, wrong.of(problem.answer), problem)
+def test_a_typical_wrong_answer_loses_the_points_and_gets_its_hint(path, problem, wrong, seed):
+    notebook = source(path) if seed is None else renumbered(source(path), draw(path, seed))
+    said = outcome(read_cells(notebook.cells).given, wrong.of(problem.answer), problem)
     assert said
     assert f"Hint: {wrong.hint}" in said if wrong.hint else "Hint:" not in said
 

@@ -17,7 +17,7 @@ HEAD = """# Problem sets: what each one rejects
 Made by `make release` from the sets and from `assignments/proofs`; do not edit. For every problem the tests hold: the
 solution and a second, differently written answer score full marks, an untouched copy scores 0, and **each wrong answer
 below loses the points and gets the hint beside it**. A row marked "no hint" is an answer made for the visible example
-alone. The same is held with three other sets of numbers.
+alone. All of it is held with another copy's numbers too, the right answers with three.
 """
 
 

@@ -1,6 +1,6 @@
 """What proves problem set 5: other right answers, and wrong ones as students write them."""
 
-from problem_sets import Wrong
+from assignments.proofs import Wrong
 
 SOLUTIONS = {
     "int8_linear": """

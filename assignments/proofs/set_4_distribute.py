@@ -1,6 +1,6 @@
 """What proves problem set 4: other right answers, and wrong ones as students write them."""
 
-from problem_sets import Wrong
+from assignments.proofs import Wrong
 
 SOLUTIONS = {
     "scattered_sum": """

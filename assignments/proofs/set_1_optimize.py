@@ -1,6 +1,6 @@
 """Problem set 1: a second right answer and typical wrong ones for every problem."""
 
-from problem_sets import Wrong
+from assignments.proofs import Wrong
 
 SOLUTIONS = {
     "weighted_gradient": """

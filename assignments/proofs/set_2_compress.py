@@ -1,6 +1,6 @@
 """Problem set 2: a second right answer and typical wrong ones for every problem."""
 
-from problem_sets import Wrong
+from assignments.proofs import Wrong
 
 SOLUTIONS = {
     "sparse_bytes": """

@@ -1,6 +1,6 @@
 """Problem set 3: a second right answer and typical wrong ones for every problem."""
 
-from problem_sets import Wrong
+from assignments.proofs import Wrong
 
 PLAN = """
 weights = blocks * 12 * width**2
