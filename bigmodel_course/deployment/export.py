@@ -7,21 +7,26 @@ A file of the course says in its metadata what it holds (`name`, `version`, `kin
 weights and of its graph.  It appears whole or not at all.
 """
 
+from __future__ import annotations
+
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, external_data_helper, helper
-from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from bigmodel_course.deployment.graph import DIGESTS, content, digests, nodes, tensors
-from bigmodel_course.deployment.tracing import Dynamic, trace, translate
 from bigmodel_course.files import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+    from bigmodel_course.deployment.tracing import Dynamic
 
 __all__ = ["check", "export", "metadata_of", "read", "write"]
 
@@ -53,6 +58,10 @@ def export(
     """
     if opset is not None and opset not in OPSETS:
         raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    from torch.export import ExportedProgram  # here, so that whoever only reads a file needs no torch
+
+    from bigmodel_course.deployment.tracing import trace, translate
+
     program = model if isinstance(model, ExportedProgram) else trace(model, example, dynamic)
     return write(translate(program, dynamic, opset=opset), path, metadata=metadata, external_data=external_data)
 
