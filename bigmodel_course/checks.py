@@ -187,6 +187,8 @@ def _tensor_difference(got: Any, want: torch.Tensor, tolerance: float) -> str | 
 def _equal(got: Any, want: Any, tolerance: float) -> bool:
     if isinstance(got, (torch.Tensor, np.ndarray, np.generic)) and _count(got) == 1:
         got = got.item()
+    if isinstance(want, Mapping) or _is_sequence(want):
+        return False  # `_pairs` has compared those with the same keys, or of the same length
     if isinstance(want, bool) or not isinstance(want, (int, float)):
         return type(got) is type(want) and got == want
     if isinstance(got, bool) or not isinstance(got, (int, float)):

@@ -97,6 +97,8 @@ def test_an_answer_that_raises_not_implemented_is_not_attempted(capsys):
         ([1, 2], [1, 2, 3], "you have [1, 2], expected [1, 2, 3]"),
         ({"a": 1}, {"a": 2}, "at ['a'] you have 1, expected 2"),
         ({"b": 1}, {"a": 1}, "you have {'b': 1}, expected {'a': 1}"),
+        ({"a": torch.ones(1), "b": 1}, {"a": torch.ones(1), "c": 1},
+         "you have {'a': tensor([1.]), 'b': 1}, expected {'a': tensor([1.]), 'c': 1}"),
         ([torch.zeros(2)], [torch.ones(2)], "at [0]: 2 of 2 values differ; at [0] you have 0, expected 1"),
         ("two", torch.ones(2), "you have str, expected a tensor of shape (2,)"),
     ],

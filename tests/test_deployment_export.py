@@ -223,6 +223,14 @@ def test_the_same_model_gives_the_same_bytes_and_none_of_them_tell_where_it_was_
         assert words not in first
 
 
+def test_how_the_example_lies_in_memory_is_no_part_of_the_file(tmp_path):
+    gpt, tokens = trained(trained_byte_gpt), torch.arange(40).view(8, 5).T[:, :6]
+    assert not tokens.is_contiguous()
+    files = [export(gpt, x, tmp_path / "m.onnx", dynamic=LENGTH, metadata=BYTES) for x in (tokens, tokens.contiguous())]
+    again = torch.randint(256, (3, 9), generator=generator())
+    assert relative(runner(files[0])(again), gpt(again)) < 1e-5
+
+
 @pytest.mark.parametrize("opset", [17, 18, 21, 23, 25])
 def test_the_opset_is_the_one_asked_for(tmp_path, opset):
     model, example, dynamic, metadata = case("mlp", torch.float32)

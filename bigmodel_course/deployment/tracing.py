@@ -38,6 +38,7 @@ def trace(model: nn.Module, example: Tensor | Sequence[Tensor], dynamic: Dynamic
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     shapes = _shapes(dynamic)
     _check_example(inputs, shapes)
+    inputs = tuple(x.contiguous() for x in inputs)  # or the strides of a view become a condition of the graph
     modes = [(layer, layer.training) for layer in model.modules()]
     model.eval()  # or dropout and each batch's own statistics would go into the graph
     try:

@@ -1,0 +1,67 @@
+"""The doctor ends replicas that live and do not answer right; the supervisor then starts them again.
+
+`python -m bigmodel_course.deployment.doctor FOLDER`.  A process that hangs never ends, and one that talks
+nonsense is in the best of health: nobody but the balancer knows that something is wrong with them.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import sleep
+
+from bigmodel_course.deployment.balancer import Balancer
+from bigmodel_course.deployment.supervision import Supervisor
+
+__all__ = ["hopeless", "main"]
+
+EVERY = 0.25  # seconds
+GRACE = 60.0  # seconds: a new process is left in peace, unless it once was up
+LOOKS, DOWN = 12, 8  # of so many looks, a replica must be found down so often: busy is not dead
+
+
+def hopeless(table: Mapping[str, Mapping], processes: Mapping[str, Mapping], been_up: set[int]) -> dict[str, int]:
+    """Replicas (name: pid) in use, down, and running: `been_up` holds the processes that once were up, and is kept."""
+    found = {}
+    for name, row in table.items():
+        process = processes[name]
+        if process["statename"] != "RUNNING" or row["status"].startswith(("MAINT", "DRAIN")):
+            continue
+        if row["watch"] == "UP":
+            been_up.add(process["pid"])
+        elif row["watch"].startswith("DOWN") and (
+            process["pid"] in been_up or process["now"] - process["start"] > GRACE
+        ):
+            found[name] = process["pid"]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Look, and look again, until the supervisor is gone."""
+    (folder,) = sys.argv[1:] if argv is None else argv
+    threading.Thread(target=_follow, daemon=True).start()
+    balancer, supervisor = Balancer(Path(folder)), Supervisor(Path(folder))
+    been_up: set[int] = set()
+    looks: deque[set[int]] = deque(maxlen=LOOKS)
+    while True:
+        with suppress(OSError, RuntimeError):  # the balancer starts, or is being replaced
+            found = hopeless(balancer.table(), supervisor.processes(), been_up)
+            looks.append(set(found.values()))
+            for pid in [pid for pid in looks[-1] if sum(pid in down for down in looks) >= DOWN]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        sleep(EVERY)
+
+
+def _follow() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
