@@ -20,15 +20,23 @@ from tools import environment
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if line]
+
+
+def requirements(path: str) -> list[Requirement]:
+    lines = [line.partition(" #")[0].strip() for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+LOCK = requirements("requirements.lock")
+CLUSTER_LOCK = requirements("requirements-cluster.lock")
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 PYTHONS = ("3.11", "3.12", "3.13")
 
 
-def pinned(python: str) -> dict[str, str]:
-    """The lock's versions for a Python of this system."""
+def pinned(python: str, lock: list[Requirement] = LOCK) -> dict[str, str]:
+    """A lock's versions for a Python of this system."""
     here = {**default_environment(), "python_version": python, "python_full_version": f"{python}.9"}
-    active = [line for line in LOCK if line.marker is None or line.marker.evaluate(here)]
+    active = [line for line in lock if line.marker is None or line.marker.evaluate(here)]
     return {canonicalize_name(line.name): str(line.specifier).removeprefix("==") for line in active}
 
 
@@ -44,8 +52,19 @@ def test_the_lock_pins_every_direct_dependency_for_every_python(python):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
-def test_the_lock_pins_exactly_and_names_no_index():
-    for line in LOCK:
+@pytest.mark.parametrize("python", PYTHONS)
+def test_rays_lock_pins_what_it_is_made_from_and_the_same_runtime_as_the_courses_without_torch(python):
+    versions, ours = pinned(python, CLUSTER_LOCK), pinned(python)
+    for requirement in requirements("clusters/requirements.in"):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    assert {name: versions[name] for name in ("numpy", "onnxruntime")} == {
+        name: ours[name] for name in ("numpy", "onnxruntime")
+    }
+    assert "torch" not in versions
+
+
+def test_the_locks_pin_exactly_and_name_no_index():
+    for line in LOCK + CLUSTER_LOCK:
         assert re.fullmatch(r"==[\w.]+", str(line.specifier)), line
         assert line.url is None, line
 
@@ -95,31 +114,34 @@ def test_a_full_disk_is_told_how_much_is_missing(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(environment.shutil, "disk_usage", lambda folder: usage(10e9, 9e9, 1.25e9))
     with pytest.raises(environment.SetupError, match=r"need 4 GB of disk and 1.2 GB are free: make room"):
-        environment.check_disk()
+        environment.check_disk(environment.ENVIRONMENTS["course"])
+    environment.check_disk(environment.ENVIRONMENTS["cluster"])
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    for name in ("pyproject.toml", "requirements.lock", "Makefile"):
+    for name in ("pyproject.toml", "requirements.lock", "requirements-cluster.lock", "Makefile"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "environment.py", folder / "tools")
     return folder
 
 
-def set_up(folder: Path, **extra: str) -> subprocess.CompletedProcess:
-    command = [sys._base_executable, "tools/environment.py"]
+def set_up(folder: Path, *names: str, **extra: str) -> subprocess.CompletedProcess:
+    command = [sys._base_executable, "tools/environment.py", *names]
     return subprocess.run(command, cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True, timeout=300)
 
 
-def test_without_a_network_one_sentence_says_so_and_nothing_looks_finished(tmp_path):
-    folder = copy_of_the_project(tmp_path)
-    (folder / "requirements.lock").write_text("a-package-that-no-disk-has==1.0\n")
+@pytest.mark.parametrize("name", environment.ENVIRONMENTS)
+def test_without_a_network_one_sentence_says_so_and_nothing_looks_finished(tmp_path, name):
+    folder, made = copy_of_the_project(tmp_path), environment.ENVIRONMENTS[name]
+    (folder / made.lock).write_text("a-package-that-no-disk-has==1.0\n")
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
-    result = set_up(folder, **nowhere, PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="")
+    result = set_up(folder, name, **nowhere, PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "The package index cannot be reached: connect to the network and run the command again." in result.stderr
-    assert not (folder / ".venv" / "made-from").exists()
+    assert (folder / made.folder).is_dir()
+    assert not (folder / made.folder / "made-from").exists()
 
 
 def test_without_a_python_make_says_which_ones_it_needs(tmp_path):
@@ -133,16 +155,26 @@ def test_without_a_python_make_says_which_ones_it_needs(tmp_path):
     assert "The course needs Python 3.11, 3.12 or 3.13 and none was found" in result.stderr
 
 
-def test_an_up_to_date_environment_is_left_alone_and_a_changed_lock_is_noticed(tmp_path, monkeypatch):
-    folder = copy_of_the_project(tmp_path)
-    made = []
-    for name, value in {"ROOT": folder, "VENV": folder / ".venv", "STAMP": folder / "made-from"}.items():
-        monkeypatch.setattr(environment, name, value)
-    monkeypatch.setattr(
-        environment, "make", lambda: made.append(1) or environment.STAMP.write_text(environment.wanted())
-    )
-    assert [environment.main(), environment.main()] == [0, 0]
-    assert len(made) == 1
-    (folder / "requirements.lock").write_text("torch==2.13.0\n")
-    assert environment.main() == 0
-    assert len(made) == 2
+@pytest.mark.parametrize("name", environment.ENVIRONMENTS)
+def test_an_up_to_date_environment_is_left_alone_and_a_changed_lock_is_noticed(tmp_path, monkeypatch, name):
+    folder, made = copy_of_the_project(tmp_path), []
+
+    def make(wanted: environment.Environment) -> None:
+        made.append(wanted.folder)
+        wanted.path.mkdir(exist_ok=True)
+        wanted.stamp.write_text(wanted.wanted())
+
+    monkeypatch.setattr(environment, "ROOT", folder)
+    monkeypatch.setattr(environment, "make", make)
+    kind = environment.ENVIRONMENTS[name]
+    assert [environment.main(name), environment.main(name)] == [0, 0]
+    assert made == [kind.folder]
+    (folder / kind.lock).write_text("torch==2.13.0\n")
+    assert environment.main(name) == 0
+    assert made == [kind.folder] * 2
+
+
+def test_the_targets_that_start_ray_set_its_environment_up_first():
+    rules = dict(re.findall(r"^(\w[\w-]*):([^#\n]*)", (ROOT / "Makefile").read_text(), re.M))
+    for target in ("test", "unit", "nbval", "lessons", "verification"):
+        assert "serve-cluster" in rules[target].split(), target
