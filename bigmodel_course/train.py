@@ -28,14 +28,21 @@ from torch.utils.checkpoint import checkpoint
 from bigmodel_course import corpus
 from bigmodel_course.distributed.launch import device, launch
 from bigmodel_course.distributed.sharded import Sharded
-from bigmodel_course.distributed.sharded_checkpoint import load_sharded, save_sharded
-from bigmodel_course.models import GPT, GPT_SIZES
+from bigmodel_course.distributed.sharded_checkpoint import load_sharded, read_whole, save_sharded
+from bigmodel_course.growth import grow
+from bigmodel_course.loss_scale import LossScale
+from bigmodel_course.models import GPT, GPT_SIZES, GPTConfig
 from bigmodel_course.optim import AdamW, Optimizer
 from bigmodel_course.schedules import warmup_cosine
 
-__all__ = ["Settings", "main", "parser", "recompute_blocks_", "train"]
+__all__ = ["SIZES", "Settings", "main", "parser", "recompute_blocks_", "train"]
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+# GPT-2's 124M spends 39M on vectors for 50,257 tokens.  Here a token is a byte: all parameters go into the blocks.
+SIZES = GPT_SIZES | {
+    "124M-bytes": GPTConfig(layers=12, heads=16, width=928, context=256),
+    "0.7M": GPTConfig(layers=4, heads=2, width=116, context=256),  # it can grow into the other
+}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEEK = 7 * 24 * 3600.0
 
 
@@ -44,8 +51,8 @@ class Settings:
     """What a run is: its results depend on these and on the number of ranks.
 
     `batch` sequences of `length` tokens a step, all ranks together, in `accumulate` parts; `stage` is ZeRO's;
-    `recompute` keeps each block's input only; a checkpoint every `save_every` steps into `checkpoints`, a line of JSON
-    every step into `journal`.
+    `recompute` keeps each block's input only; `grow_from` begins with what a smaller run learned, from its folder of
+    checkpoints; a checkpoint every `save_every` steps into `checkpoints`, a line of JSON every step into `journal`.
     """
 
     size: str = "1M"
@@ -61,13 +68,14 @@ class Settings:
     recompute: bool = False
     precision: str = "fp32"
     text: str = "data/docstrings.bin"
+    grow_from: str | None = None
     checkpoints: str | None = None
     save_every: int = 50
     journal: str | None = None  # not `log`: torchrun would take --log for an option of its own, cut short
 
     def __post_init__(self) -> None:
-        if self.size not in GPT_SIZES:
-            raise ValueError(f"size must be one of {', '.join(GPT_SIZES)}, got {self.size!r}")
+        if self.size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {self.size!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         for name in ("steps", "batch", "length", "accumulate", "save_every"):
@@ -75,8 +83,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.warmup < self.steps:
             raise ValueError(f"warmup must be between 0 and steps = {self.steps}, got {self.warmup}")
-        if self.length > GPT_SIZES[self.size].context:
-            raise ValueError(f"length must be at most {GPT_SIZES[self.size].context}, the context, got {self.length}")
+        if self.length > SIZES[self.size].context:
+            raise ValueError(f"length must be at most {SIZES[self.size].context}, the context, got {self.length}")
 
 
 def recompute_blocks_(model: GPT) -> None:
@@ -98,22 +106,18 @@ def train(
         parts = f"{ranks} * {settings.accumulate}"
         raise ValueError(f"batch must be a multiple of ranks * accumulate = {parts}, got {settings.batch}")
     tokens, held_out = corpus.split_tokens(_shared_text(Path(settings.text)))
-    model = GPT(GPT_SIZES[settings.size], generator=torch.Generator().manual_seed(settings.seed)).to(device())
-    if settings.recompute:
-        recompute_blocks_(model)
-    schedule = warmup_cosine(settings.lr, settings.warmup, settings.steps, floor=settings.lr / 10)
-    sharded = Sharded(model, lambda shards: Optimizer(shards, AdamW(beta2=0.95), schedule), stage=settings.stage)
-    start = _resume(settings, sharded)
+    model, sharded = _built(settings)
+    start, scale = _resume(settings, sharded)
     losses = _Log(settings, ranks, start, report)
     last = settings.steps if stop_after is None else min(stop_after, settings.steps)
     for step in range(start, last):
         inputs, targets = corpus.windows(tokens, settings.batch, settings.length, seed=settings.seed, step=step)
         mine = slice(rank * share * settings.accumulate, (rank + 1) * share * settings.accumulate)
-        loss = _gradients(model, inputs[mine], targets[mine], settings)
-        sharded.step(clip_norm=settings.clip_norm)
+        loss = _gradients(model, inputs[mine], targets[mine], settings, 1.0 if scale is None else scale.value)
+        _step(sharded, settings.clip_norm, scale)
         losses.add(step + 1, loss)
         if settings.checkpoints and ((step + 1) % settings.save_every == 0 or step + 1 == last):
-            save_sharded(settings.checkpoints, step + 1, sharded)
+            save_sharded(settings.checkpoints, step + 1, sharded, extra=None if scale is None else asdict(scale))
     return {
         "step": last,
         "loss": losses.last,
@@ -122,14 +126,58 @@ def train(
     }
 
 
-def _gradients(model: nn.Module, inputs: Tensor, targets: Tensor, settings: Settings) -> float:
-    """Backward through this rank's share of the batch, part by part; its mean loss over all ranks."""
+def _built(settings: Settings) -> tuple[GPT, Sharded]:
+    """The model as a run without a checkpoint begins it, and its sharded optimizer."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.grow_from:
+        model = grow(_small(settings.grow_from), SIZES[settings.size], generator=generator)
+    else:
+        model = GPT(SIZES[settings.size], generator=generator)
+    if settings.recompute:
+        recompute_blocks_(model)
+    schedule = warmup_cosine(settings.lr, settings.warmup, settings.steps, floor=settings.lr / 10)
+    sharded = Sharded(
+        model.to(device()), lambda shards: Optimizer(shards, AdamW(beta2=0.95), schedule), stage=settings.stage
+    )
+    return model, sharded
+
+
+def _small(folder: str) -> GPT:
+    """The model in a folder of checkpoints; its size is told by its tensors."""
+    _, state = read_whole(folder)
+    width = state["tokens.weight"].shape[1]
+    layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for config in SIZES.values():
+        if (config.layers, config.width) == (layers, width):
+            small = GPT(config, generator=torch.Generator())
+            small.load_state_dict(state)
+            return small
+    raise ValueError(f"grow_from must hold one of the sizes {', '.join(SIZES)}, got {layers} layers of width {width}")
+
+
+def _step(sharded: Sharded, clip_norm: float, scale: LossScale | None) -> None:
+    """One step; with a scale, none where a gradient has overflowed on any rank."""
+    if scale is None:
+        sharded.step(clip_norm=clip_norm)
+        return
+    for bucket in sharded.buckets:
+        bucket.reduce()
+    finite = scale.unscale_([b.shard.grad for b in sharded.buckets if b.shard.grad is not None], sharded.group)
+    if finite:
+        sharded.step(clip_norm=clip_norm)
+    else:
+        sharded.optimizer.zero_grad(set_to_none=True)
+    scale.update(finite)
+
+
+def _gradients(model: nn.Module, inputs: Tensor, targets: Tensor, settings: Settings, scale: float) -> float:
+    """Backward through this rank's share of the batch, part by part, `scale` times; its mean loss over all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=device())
     parts = zip(inputs.chunk(settings.accumulate), targets.chunk(settings.accumulate), strict=True)
     for x_BT, y_BT in parts:
         with _autocast(settings):
             loss = _cross_entropy(model, x_BT, y_BT) / settings.accumulate
-        loss.backward()
+        (loss * scale).backward()
         total += loss.detach()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
@@ -160,9 +208,10 @@ def _shared_text(path: Path) -> Tensor:
     return corpus.read_tokens(path)
 
 
-def _resume(settings: Settings, sharded: Sharded) -> int:
-    found = load_sharded(settings.checkpoints, sharded) if settings.checkpoints else None
-    return 0 if found is None else found[0]
+def _resume(settings: Settings, sharded: Sharded) -> tuple[int, LossScale | None]:
+    """The step to go on from, and the loss scale of fp16, from the newest checkpoint where there is one."""
+    step, extra = (settings.checkpoints and load_sharded(settings.checkpoints, sharded)) or (0, None)
+    return step, LossScale(**(extra or {})) if settings.precision == "fp16" else None
 
 
 class _Log:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hosts import two_hosts  # noqa: F401 - a fixture for all tests
 
 TABLE = Path(os.environ.get("VERIFICATION_TABLE", Path(__file__).parent.parent / "build" / "verification.json"))
 KINDS = ("parity", "equals one process", "invariant", "message", "recovery")

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from hosts import shown_by, torchrun_on
 
 from bigmodel_course.distributed import processes
 from bigmodel_course.distributed.launch import RankError, device, launch
@@ -604,54 +604,10 @@ def test_under_torchrun_the_same_script_is_one_rank_of_the_group(tmp_path, seen)
         seen((here[number] - torch.tensor(results[0][number][1])).abs().max())
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces joined by a cable: (name, address, device) of each."""
-    if sys.platform != "linux" or not shutil.which("ip"):
-        pytest.skip("two hosts need Linux and its command `ip`")
-    hosts = [(f"bmc{os.getpid()}{end}", f"10.213.77.{i}", f"veth{i}") for i, end in enumerate("ab", start=1)]
-    try:
-        for name, _, _ in hosts:
-            ip("netns", "add", name)
-        (a, _, cable), (b, _, other) = hosts
-        ip("link", "add", cable, "netns", a, "type", "veth", "peer", "name", other, "netns", b)
-        for name, address, cable in hosts:
-            ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
-            for each in ("lo", cable):
-                ip("-n", name, "link", "set", each, "up")
-        yield hosts
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine does not allow network namespaces: {error.stderr.strip()}")
-    finally:
-        for name, _, _ in hosts:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20, check=False)
-
-
 def test_two_hosts_run_the_same_script(two_hosts, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(UNDER_TORCHRUN)
-    runs = []
-    for number, (name, address, cable) in enumerate(two_hosts):
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{two_hosts[0][1]}:29500", "--rdzv-id", "test"]
-        meeting += ["--rdzv-conf", f"is_host={number == 0}", "--local-addr", address]
-        torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": cable}
-        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        command = ["ip", "netns", "exec", name, sys.executable, *torchrun, str(script)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        runs.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes))
-    try:
-        for run in runs:
-            shown = run.communicate(timeout=PATIENCE)[0]
-            assert run.returncode == 0, shown
-    finally:
-        for run in runs:
-            run.kill()
-            run.communicate()
+    shown_by(torchrun_on(two_hosts, [str(script)], tmp_path), PATIENCE)
     assert [json.loads((tmp_path / f"results{number}").read_text()) for number in range(2)] == [EXPECTED] * 2
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from hosts import shown_by, torchrun_on
 
 from bigmodel_course import corpus, train
 from bigmodel_course.checkpoint import CheckpointError
 from bigmodel_course.distributed.launch import launch
 from bigmodel_course.distributed.sharded_checkpoint import read_whole
-from bigmodel_course.models import GPT, GPT_SIZES
+from bigmodel_course.models import GPT, GPT_SIZES, GPTConfig
 from bigmodel_course.schedules import warmup_cosine
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +179,7 @@ def test_a_killed_rank_under_torchrun_costs_no_bit(settings, tmp_path, seen):
 
 WRONG = {
     "size must be one of 1M": {"size": "7B"},
-    "precision must be one of fp32, bf16, got 'int4'": {"precision": "int4"},
+    "precision must be one of fp32, bf16, fp16, got 'int4'": {"precision": "int4"},
     "batch must be at least 1, got 0": {"batch": 0},
     "warmup must be between 0 and steps = 5, got 5": {"steps": 5, "warmup": 5},
     "length must be at most 256, the context, got 512": {"length": 512},
@@ -202,6 +203,69 @@ def test_the_command_refuses_what_the_settings_refuse(capsys):
 def test_a_batch_that_ranks_cannot_share_is_refused(settings):
     with pytest.raises(RuntimeError, match=r"batch must be a multiple of ranks \* accumulate = 1 \* 3, got 4"):
         launch(train.train, 1, replace(settings, accumulate=3), timeout=300)
+
+
+@pytest.mark.verifies(
+    "train.train",
+    "train.SIZES",
+    kind="equals one process",
+    against="the run that it grew from, one step earlier",
+    on="loss of the first step of 124M's little shape, grown from a checkpoint; relative",
+    bound=1e-4,
+)
+def test_a_run_begins_with_what_a_smaller_run_learned(settings, tmp_path, monkeypatch, seen):
+    wide = GPTConfig(layers=6, heads=4, width=232, context=256)
+    monkeypatch.setitem(train.SIZES, "wide", wide)
+    small = replace(settings, size="0.7M")
+    launch(train.train, 1, small, timeout=500)
+    model = GPT(train.SIZES["0.7M"], generator=torch.Generator())
+    model.load_state_dict(read_whole(small.checkpoints)[1])
+    tokens, _ = corpus.split_tokens(corpus.read_tokens(settings.text))
+    x, y = corpus.windows(tokens, settings.batch, settings.length, seed=settings.seed, step=0)
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+
+    def grown():
+        train.SIZES["wide"] = wide  # a rank has a module of its own
+        large = replace(settings, size="1M", grow_from=small.checkpoints, checkpoints=None)
+        object.__setattr__(large, "size", "wide")
+        return train.train(large, stop_after=1)
+
+    seen(abs(launch(grown, 1, timeout=500)[0]["loss"] / expected - 1))
+
+
+@pytest.mark.verifies(
+    "train.train",
+    kind="recovery",
+    against="the run in fp16 that was not interrupted",
+    on="bits of all weights, 2 ranks, stopped at step 3 of 6; the loss scale comes from the checkpoint",
+    bound=0.0,
+)
+def test_a_run_in_fp16_goes_on_with_its_loss_scale(settings, tmp_path, seen):
+    settings = replace(settings, precision="fp16", save_every=3)
+    whole = replace(settings, checkpoints=str(tmp_path / "whole"))
+    launch(train.train, 2, whole, timeout=500)
+    launch(lambda: train.train(settings, stop_after=3), 2, timeout=500)
+    launch(train.train, 2, settings, timeout=500)
+    mine, theirs = read_whole(settings.checkpoints)[1], read_whole(whole.checkpoints)[1]
+    seen(max(float((mine[name] != theirs[name]).sum()) for name in theirs))
+    start = plain(replace(settings, steps=6, lr=0.0))
+    assert difference(mine, start) > 1e-4  # it has learned: not every step was left out
+
+
+@pytest.mark.verifies(
+    "train.main",
+    kind="equals one process",
+    against="2 ranks on one host",
+    on="torchrun on two hosts (network namespaces), a rank on each; bits of all weights",
+    bound=0.0,
+)
+def test_two_hosts_end_in_the_same_bits_as_one(two_hosts, settings, tmp_path, seen):
+    whole = replace(settings, checkpoints=str(tmp_path / "whole"))
+    launch(train.train, 2, whole, timeout=500)
+    shown = shown_by(torchrun_on(two_hosts, command(settings, tmp_path / "log.jsonl"), tmp_path), 400)
+    assert [json.loads(line)["step"] for line in shown[0].splitlines() if line.startswith("{")] == [6]
+    mine, theirs = read_whole(settings.checkpoints)[1], read_whole(whole.checkpoints)[1]
+    seen(max(float((mine[name] != theirs[name]).sum()) for name in theirs))
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path):

@@ -56,6 +56,7 @@ from bigmodel_course.costs.pipeline import (
 from bigmodel_course.costs.planning import Plan, activation_bytes, plan, search_layouts
 from bigmodel_course.costs.published import EFFICIENCY, Published, published
 from bigmodel_course.costs.sharding import ShardedStep, sharded_step
+from bigmodel_course.costs.step_memory import StepBytes, step_bytes
 from bigmodel_course.costs.tensor_parallel import (
     Message,
     tensor_parallel_bytes,
@@ -85,6 +86,7 @@ __all__ = [
     "Published",
     "RankBytes",
     "ShardedStep",
+    "StepBytes",
     "Transformer",
     "activation_bytes",
     "all_gather_bytes",
@@ -130,6 +132,7 @@ __all__ = [
     "small_cnn",
     "stability_limit",
     "star_bytes",
+    "step_bytes",
     "steps_at_batch",
     "steps_to_reach",
     "temporary_bytes",
