@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "bars", "budgets", "histogram", "images", "lines", "paths", "timeline"]
+__all__ = ["COLOURS", "bars", "budgets", "dots", "histogram", "images", "lines", "paths", "timeline"]
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; line styles differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -139,6 +139,23 @@ def timeline(rows: Mapping[str, Sequence[tuple[float, float, str, str]]], *, x: 
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=len(kinds), loc="lower right", bbox_to_anchor=(1, 1))
+    return _finished(figure)
+
+
+def dots(
+    series: Series, *, x: str, y: str, see: str, log: str = "", events: Mapping[str, float] | None = None
+) -> Figure:
+    """Points, a colour a name; `events` maps a text to the place on the x axis where it stands beside a line."""
+    figure, axes = _canvas(x, y, see, log)
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        axes.plot(
+            _numbers(xs), _numbers(ys), "o^sDvP*"[i % 7], color=COLOURS[i % len(COLOURS)], markersize=3, label=name
+        )
+    for text, place in (events or {}).items():
+        axes.axvline(place, color="0.4", linestyle="--", linewidth=0.9)
+        style = {"rotation": 90, "fontsize": 8, "va": "top", "ha": "right"}
+        axes.annotate(text, (place, 0.98), xycoords=("data", "axes fraction"), **style)
+    axes.legend(frameon=False, ncols=len(series), loc="lower right", bbox_to_anchor=(1, 1))
     return _finished(figure)
 
 

@@ -106,6 +106,19 @@ def test_a_budget_stacks_its_parts_and_draws_its_limit():
     assert plt.get_fignums() == []
 
 
+@pytest.mark.verifies(
+    "plotting.dots", kind="invariant", against="the points and events given", on="two names, one event"
+)
+def test_dots_show_every_point_and_a_line_at_each_event():
+    series = {"a": ([0.0, 1.0], [2.0, 3.0]), "b": ([2.0], [5.0])}
+    (axes,) = plotting.dots(series, x="time (s)", y="took (s)", see="It stops.", events={"killed": 0.5}).axes
+    points, event = axes.lines[:2], axes.lines[2]
+    assert [list(line.get_ydata()) for line in points] == [[2.0, 3.0], [5.0]]
+    assert list(event.get_xdata()) == [0.5, 0.5]
+    assert [text.get_text() for text in axes.texts] == ["killed"]
+    assert plt.get_fignums() == []
+
+
 # How the colours look to eyes without one kind of cone: the matrices of Viénot, Brettel and Mollon (1999), which act on
 # linear RGB, for protanopia and deuteranopia.
 BLIND = {

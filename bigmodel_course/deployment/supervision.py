@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from supervisor import supervisord
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
 
 __all__ = ["Supervisor", "configuration", "main", "spawn"]
 
+PATIENCE = 60.0  # seconds that supervisord may take for an answer; it stops a process in 8
 _HEAD = """[supervisord]
 nodaemon = true
 silent = true
@@ -80,7 +82,7 @@ class Supervisor:
     """A running supervisord, through its socket in `folder`."""
 
     def __init__(self, folder: Path):
-        self._socket = f"unix://{folder}/supervisor.sock"
+        self._socket = folder / "supervisor.sock"
 
     def start(self, name: str) -> None:
         """Start a program; returns at once."""
@@ -96,8 +98,17 @@ class Supervisor:
         return {process["name"]: process for process in self._ask().getAllProcessInfo()}
 
     def _ask(self) -> object:
-        proxy = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=SupervisorTransport(serverurl=self._socket))
-        return proxy.supervisor
+        transport = SupervisorTransport(serverurl=f"unix://{self._socket}")
+        transport._get_connection = self._connection
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+
+    def _connection(self) -> UnixStreamHTTPConnection:
+        """As the transport makes it, but not one that waits for ever."""
+        connection = UnixStreamHTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(PATIENCE)
+        connection.sock.connect(str(self._socket))
+        return connection
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,80 @@
+"""What HAProxy is given is what it takes, and what it is not given is refused with a sentence."""
+
+import shlex
+import subprocess
+
+import pytest
+from supervisor.options import ServerOptions
+
+from bigmodel_course.deployment import balancer, supervision
+from bigmodel_course.deployment.doctor import hopeless
+
+
+@pytest.mark.verifies(
+    "deployment.balancer.configuration",
+    "deployment.balancer.keys_file",
+    "deployment.balancer.program",
+    kind="parity",
+    against="haproxy -c: no error and no warning",
+    on="1, 3 and 64 replicas, some not in use",
+)
+@pytest.mark.parametrize("replicas", [1, 3, 64])
+def test_haproxy_accepts_its_configuration(replicas, tmp_path):
+    names = [f"replica-{k}" for k in range(1, replicas + 1)]
+    used = {name: i % 2 == 0 for i, name in enumerate(names)}
+    (tmp_path / "haproxy.cfg").write_text(balancer.configuration(8765, used))
+    (tmp_path / "keys.map").write_text(balancer.keys_file(dict.fromkeys(names, b"k" * 32)))
+    command = [balancer.program(), "-c", "-f", "haproxy.cfg"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr
+    assert "WARNING" not in checked.stderr
+
+
+def test_times_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="every <= patience"):
+        balancer.configuration(8765, {"replica-1": True}, patience=0.1, every=1.0)
+
+
+@pytest.mark.verifies("deployment.doctor.hopeless", kind="invariant", against="a table of states", on="one row a state")
+@pytest.mark.parametrize(
+    ("status", "watch", "state", "age", "known", "ended"),
+    [
+        ("UP", "UP", "RUNNING", 99, True, False),
+        ("DOWN via watch-1/checked", "DOWN", "RUNNING", 5, True, True),
+        ("DOWN via watch-1/checked", "DOWN", "RUNNING", 5, False, False),  # it starts: let it
+        ("DOWN via watch-1/checked", "DOWN", "RUNNING", 99, False, True),  # it started, and never was right
+        ("DOWN via watch-1/checked", "DOWN", "STARTING", 0, False, False),
+        ("MAINT", "MAINT", "RUNNING", 99, True, False),
+        ("DRAIN", "DOWN", "RUNNING", 99, True, False),
+    ],
+)
+def test_the_doctor_ends_what_runs_and_does_not_answer(status, watch, state, age, known, ended):
+    process = {"statename": state, "pid": 7, "now": 1000, "start": 1000 - age}
+    row = {"status": status, "watch": watch}
+    assert hopeless({"replica-1": row}, {"replica-1": process}, {7} if known else set()) == (
+        {"replica-1": 7} if ended else {}
+    )
+
+
+def test_a_replica_that_was_up_is_remembered():
+    been_up = set()
+    hopeless({"r": {"status": "UP", "watch": "UP"}}, {"r": {"statename": "RUNNING", "pid": 7}}, been_up)
+    assert been_up == {7}
+
+
+@pytest.mark.verifies(
+    "deployment.supervision.configuration",
+    kind="parity",
+    against="what supervisord itself reads",
+    on="words with spaces, quotes and percent signs",
+)
+def test_supervisord_reads_the_commands_as_they_were(tmp_path):
+    words = ["/bin/with space", '"quoted" 100%', "back\\slash", "%(here)s"]
+    path = tmp_path / "a b" / "supervisord.conf"
+    path.parent.mkdir()
+    path.write_text(supervision.configuration(path.parent, {"one": words, "two": ["/bin/true"]}, start=["one"]))
+    options = ServerOptions()
+    options.realize(["-c", str(path)])
+    one, two = (group.process_configs[0] for group in sorted(options.process_group_configs, key=lambda g: g.name))
+    assert shlex.split(one.command) == words
+    assert (one.autostart, two.autostart) == (True, False)
