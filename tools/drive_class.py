@@ -5,7 +5,6 @@ Starts JupyterLab for somebody new in the class of build/class, fetches the set 
 """
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 from tools.class_demo import ASSIGNMENTS, COURSE, environment
-from tools.drive_lab import FLAGS, PICTURES, QUIET, ROOT, STARTS, chromium, free_port, wait_until_up
+from tools.drive_lab import FLAGS, PICTURES, QUIET, ROOT, STARTS, chromium, free_port, running
 
 CLASS = ROOT / "build" / "class"
 
@@ -28,16 +27,9 @@ def student_lab(folder: Path) -> Iterator[str]:
     port = free_port()
     options = f"--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --IdentityProvider.token="
     quiet = "--LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"
-    with open(PICTURES / "class.log", "w") as log:
-        command = [sys.executable, "-m", "jupyterlab", *options.split(), *quiet.split()]
-        server = subprocess.Popen(command, cwd=folder, env=environment(folder.parent), stdout=log, stderr=log)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            wait_until_up(address, server)
-            yield address
-        finally:
-            server.terminate()
-            server.wait(20)
+    command = [sys.executable, "-m", "jupyterlab", *options.split(), *quiet.split()]
+    with running(command, port, cwd=folder, env=environment(folder.parent)) as address:
+        yield address
 
 
 def drive() -> None:

