@@ -5,6 +5,7 @@ comes back as one RankError, and no rank outlives the call.
 """
 
 import atexit
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -95,12 +96,23 @@ def _as_one_of_them(fn: Callable[..., Any], ranks: int, args: tuple, threads: in
     """This process is a rank already, of torchrun or of an outer launch: take part, and share the results."""
     if not dist.is_initialized():
         rank.join(backend, threads)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     if dist.get_world_size() != ranks:
         raise ValueError(f"ranks must be {dist.get_world_size()}, as many as were started, got {ranks}")
     pickles: list[Any] = [None] * ranks
     dist.all_gather_object(pickles, rank.pickled(fn(*args)))
     return [cloudpickle.loads(each) for each in pickles]
+
+
+def _leave() -> None:
+    """Give the group up while Python is whole.
+
+    A group that garbage still holds would live on: a thread of Gloo that lets go of a tensor while the interpreter ends
+    is ended itself, and the process with it, by SIGABRT.
+    """
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _pickled(fn: Callable[..., Any], args: tuple) -> bytes:
