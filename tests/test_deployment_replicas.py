@@ -181,10 +181,12 @@ time.sleep(600)
     "deployment.doctor.main",
     kind="recovery",
     against="no process, no port, no file left",
-    on="SIGKILL of the process that holds the fleet, and of supervisord",
+    on="SIGKILL and an interrupt of the process that holds the fleet, SIGKILL of supervisord",
 )
-@pytest.mark.parametrize("victim", ["parent", "supervisord"])
-def test_nothing_is_left_when_a_process_above_is_killed(victim):
+@pytest.mark.parametrize(
+    ("victim", "blow"), [("parent", signal.SIGKILL), ("parent", signal.SIGINT), ("supervisord", signal.SIGKILL)]
+)
+def test_nothing_is_left_when_a_process_above_is_killed_or_interrupted(victim, blow):
     parent = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True)
     try:
         where = json.loads(parent.stdout.readline())
@@ -193,7 +195,7 @@ def test_nothing_is_left_when_a_process_above_is_killed(victim):
         (supervisord,) = psutil.Process(parent.pid).children()
         below = supervisord.children()
         assert len(below) == 3, "the balancer, the doctor, a replica"
-        os.kill(parent.pid if victim == "parent" else supervisord.pid, signal.SIGKILL)
+        os.kill(parent.pid if victim == "parent" else supervisord.pid, blow)
         _, alive = psutil.wait_procs(below, timeout=PATIENT)
         assert alive == []
         with pytest.raises(httpx.ConnectError):
