@@ -3,20 +3,15 @@
 The digit model is trained the way that lesson 16 derives; the byte GPT predicts the next byte of Python's docstrings.
 """
 
-import contextlib
 import hashlib
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bigmodel_course import checkpoint
+from bigmodel_course.cache import kept
 from bigmodel_course.corpus import docstrings, split_tokens, windows
 from bigmodel_course.data import Dataset, digits, split
 from bigmodel_course.models import GPT, MLP, GPTConfig, digit_model
@@ -59,7 +54,7 @@ def byte_gpt_parts() -> tuple[Tensor, Tensor]:
 
     They are read once and kept under $BIGMODEL_CACHE, for each Python apart.
     """
-    tokens = _kept("docstrings", sys.version, lambda: torch.tensor(list(docstrings().encode()), dtype=torch.uint8))
+    tokens = kept("docstrings", sys.version, lambda: torch.tensor(list(docstrings().encode()), dtype=torch.uint8))
     return split_tokens(tokens)
 
 
@@ -101,20 +96,5 @@ def trained_byte_gpt() -> GPT:
         return model.state_dict()
 
     text = hashlib.sha256(train.numpy()).hexdigest()
-    model.load_state_dict(_kept("byte-gpt", f"{torch.__version__} {BYTE_GPT} {BYTE_GPT_STEPS} {text}", trained))
+    model.load_state_dict(kept("byte-gpt", f"{torch.__version__} {BYTE_GPT} {BYTE_GPT_STEPS} {text}", trained))
     return model.eval()
-
-
-def _kept(name: str, key: str, make: Callable[[], Any]) -> Any:
-    """`make()`, or what an earlier call with the same name and key made; where no file can be written, made anew."""
-    folder = Path(os.environ.get("BIGMODEL_CACHE") or Path.home() / ".cache" / "bigmodel-course")
-    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    with contextlib.suppress(OSError, checkpoint.CheckpointError):
-        return checkpoint.load(path)
-    result = make()
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{uuid4().hex}.unfinished"  # two lessons may make the same side by side
-        checkpoint.save(unfinished, result)
-        os.replace(unfinished, path)
-    return result

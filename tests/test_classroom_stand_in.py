@@ -182,6 +182,13 @@ def test_torch_optimizers_work_inside_the_fence():
     assert call(body(*lines), seconds=30).item() == 0.5
 
 
+def test_the_time_limit_holds_while_an_answer_is_read_too():
+    started = time.monotonic()
+    with pytest.raises(AnswerError, match="longer than the 1 seconds"), answered(GIVEN, "while True: pass", seconds=1):
+        pytest.fail("the answer was taken")
+    assert time.monotonic() - started < 30
+
+
 def test_nothing_is_left_where_the_grader_is_killed(tmp_path):
     script = tmp_path / "grader.py"
     script.write_text(

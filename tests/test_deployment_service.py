@@ -88,7 +88,7 @@ with serving(Settings("sleep:0")) as running:
 
 
 @pytest.mark.verifies(
-    "deployment.service_worker.end_with_stdin",
+    "deployment.lifetime.end_with_stdin",
     kind="recovery",
     against="the worker is gone and its port is free",
     on="the parent killed by SIGKILL",
@@ -108,7 +108,7 @@ def test_when_the_parent_is_killed_its_worker_ends():
 
 
 @pytest.mark.verifies(
-    "deployment.service_worker.die_with_parent",
+    "deployment.lifetime.die_with_parent",
     kind="recovery",
     against="the worker is gone",
     on="the parent killed by SIGKILL, the worker stopped by SIGSTOP before",

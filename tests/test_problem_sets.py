@@ -2,8 +2,6 @@
 
 import ast
 import copy
-import importlib
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,25 +10,19 @@ import pytest
 from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
 from traitlets.config.loader import PyFileConfigLoader
 
+from assignments.numbers import drawn
+from assignments.proofs import proof
 from bigmodel_course.classroom.exam import renumbered
 from bigmodel_course.classroom.sets import read_cells
-from tools.release_sets import PAGE, page
+from tools.release_sets import PAGE, page, sources
 
 ROOT = Path(__file__).parent.parent
-SETS = sorted((ROOT / "assignments" / "source").glob("*/*.ipynb"))
+SETS = sources()
 SEEDS = (1, 2, 3)
 
 
 def source(path):
     return nbformat.read(path, as_version=4)
-
-
-def proof(path):
-    return importlib.import_module(f"assignments.proofs.set_{path.stem}")
-
-
-def draw(path, seed):
-    return importlib.import_module(f"assignments.numbers.set_{path.stem}").draw(random.Random(seed))
 
 
 def released(notebook):
@@ -45,7 +37,8 @@ def released(notebook):
 def outcome(given, answer, problem):
     """What a problem's test says of an answer, in one process: "" for full marks, else the error's text."""
     try:
-        mine = {name: value for name, value in named(given, answer).items() if name in problem.defines()}
+        asks = problem.defines()
+        mine = {name: value for name, value in named(given, answer).items() if name in asks}
         exec(problem.test, run(given) | mine)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -88,7 +81,7 @@ def literals(path, problem):
 
 
 def wrongs(path, problem):
-    for i, wrong in enumerate(proof(path).WRONG[problem.name]):
+    for i, wrong in enumerate(proof(path.stem).WRONG[problem.name]):
         yield pytest.param(path, problem, wrong, id=f"{path.stem}-{problem.name}-{i}")
 
 
@@ -139,7 +132,7 @@ def test_the_solution_scores_full_marks(path, problem):
 
 @pytest.mark.parametrize(("path", "problem"), cases(problems))
 def test_another_right_answer_scores_full_marks(path, problem):
-    answer = proof(path).SOLUTIONS[problem.name]
+    answer = proof(path.stem).SOLUTIONS[problem.name]
     assert ast.dump(ast.parse(answer)) != ast.dump(ast.parse(problem.answer))
     assert outcome(read_cells(source(path).cells).given, answer, problem) == ""
 
@@ -158,7 +151,7 @@ def test_an_untouched_answer_scores_nothing(path, problem):
 @pytest.mark.parametrize("seed", [None, 1], ids=["as stored", "another copy"])
 @pytest.mark.parametrize(("path", "problem", "wrong"), cases(wrongs))
 def test_a_typical_wrong_answer_loses_the_points_and_gets_its_hint(path, problem, wrong, seed):
-    notebook = source(path) if seed is None else renumbered(source(path), draw(path, seed))
+    notebook = source(path) if seed is None else renumbered(source(path), drawn(path.stem, seed))
     said = outcome(read_cells(notebook.cells).given, wrong.of(problem.answer), problem)
     assert said
     assert f"Hint: {wrong.hint}" in said if wrong.hint else "Hint:" not in said
@@ -166,7 +159,7 @@ def test_a_typical_wrong_answer_loses_the_points_and_gets_its_hint(path, problem
 
 @pytest.mark.parametrize(("path", "problem"), cases(problems))
 def test_every_problem_has_five_wrong_answers_with_hints_of_their_own(path, problem):
-    hints = [wrong.hint for wrong in proof(path).WRONG[problem.name] if wrong.hint]
+    hints = [wrong.hint for wrong in proof(path.stem).WRONG[problem.name] if wrong.hint]
     assert len(set(hints)) >= 5
     assert not any(a != b and a.startswith(b) for a in hints for b in hints)
 
@@ -174,13 +167,13 @@ def test_every_problem_has_five_wrong_answers_with_hints_of_their_own(path, prob
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("path", "problem"), cases(problems))
 def test_with_other_numbers_the_solution_passes(path, problem, seed):
-    notebook = renumbered(source(path), draw(path, seed))
+    notebook = renumbered(source(path), drawn(path.stem, seed))
     assert outcome(read_cells(notebook.cells).given, problem.answer, problem) == ""
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("path", "problem"), cases(literals))
 def test_with_other_numbers_the_values_of_the_old_ones_fail(path, problem, seed):
-    given = read_cells(renumbered(source(path), draw(path, seed)).cells).given
+    given = read_cells(renumbered(source(path), drawn(path.stem, seed)).cells).given
     answer = "\n".join(f"{name} = {value!r}" for name, value in values(path, problem).items())
     assert outcome(given, answer, problem)

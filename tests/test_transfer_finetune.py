@@ -9,7 +9,6 @@ from torch import nn
 from bigmodel_course import checkpoint, costs, optim
 from bigmodel_course.models import GPT, MLP, GPTConfig, SmallCNN, digit_model
 from bigmodel_course.schedules import cosine
-from bigmodel_course.transfer import finetune
 from bigmodel_course.transfer.finetune import (
     depth_groups,
     features,
@@ -393,7 +392,7 @@ def test_a_damaged_or_unwritable_cache_costs_time_and_nothing_else(tmp_path, mon
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune.os, "replace", crash)
+    monkeypatch.setattr("os.replace", crash)
     new = tmp_path / "new"
     with pytest.raises(KeyboardInterrupt):
         features(network, x, folder=new)

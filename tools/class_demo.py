@@ -8,7 +8,6 @@ without its test cells, and answers that reach for the hidden tests and the chec
 
 import argparse
 import csv
-import importlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 
 import nbformat
 
+from assignments.proofs import proof
 from bigmodel_course.classroom.sets import ProblemSet, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,11 +118,10 @@ def hand_in(folder: Path, name: str, fill: Fill) -> None:
 
 def typical(name: str) -> dict[str, str]:
     """The first typical wrong answer of every problem."""
-    proof = importlib.import_module(f"assignments.proofs.set_{name}")
     solutions = {
         problem.name: problem.answer for problem in read(ASSIGNMENTS / "source" / name / f"{name}.ipynb").problems
     }
-    return {problem: wrongs[0].of(solutions[problem]) for problem, wrongs in proof.WRONG.items()}
+    return {problem: wrongs[0].of(solutions[problem]) for problem, wrongs in proof(name).WRONG.items()}
 
 
 def nbgrader(folder: Path, *command: str) -> None:

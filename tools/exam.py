@@ -4,15 +4,15 @@ It holds the sets' sources, released copies and nbgrader's settings.  The same s
 """
 
 import argparse
-import importlib
-import random
 import shutil
 from pathlib import Path
 
 import nbformat
 
+from assignments.numbers import drawn
 from bigmodel_course.classroom.exam import renumbered
 from tools.class_demo import ASSIGNMENTS, ROOT, nbgrader
+from tools.release_sets import sources
 
 
 def write(seed: int, folder: Path) -> list[Path]:
@@ -20,11 +20,10 @@ def write(seed: int, folder: Path) -> list[Path]:
     folder.mkdir(parents=True)
     shutil.copy(ASSIGNMENTS / "nbgrader_config.py", folder)
     written = []
-    for path in sorted((ASSIGNMENTS / "source").glob("*/*.ipynb")):
-        draw = importlib.import_module(f"assignments.numbers.set_{path.stem}").draw
+    for path in sources():
         copy = folder / "source" / path.stem / path.name
         copy.parent.mkdir(parents=True)
-        nbformat.write(renumbered(nbformat.read(path, as_version=4), draw(random.Random(seed))), copy)
+        nbformat.write(renumbered(nbformat.read(path, as_version=4), drawn(path.stem, seed)), copy)
         written.append(copy)
     return written
 

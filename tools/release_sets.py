@@ -3,11 +3,11 @@
 `make release` runs it; tests hold both to the sources.
 """
 
-import importlib
 import shutil
 import tempfile
 from pathlib import Path
 
+from assignments.proofs import Wrong, proof
 from bigmodel_course.classroom.sets import Problem, read
 from tools.class_demo import ASSIGNMENTS, ROOT, nbgrader
 
@@ -42,17 +42,16 @@ def page() -> str:
     """The table of problems and wrong answers."""
     parts = [HEAD]
     for path in sources():
-        proof = importlib.import_module(f"assignments.proofs.set_{path.stem}")
-        asked = read(path)
-        wrongs = sum(map(len, proof.WRONG.values()))
+        wrong, asked = proof(path.stem).WRONG, read(path)
+        wrongs = sum(map(len, wrong.values()))
         parts.append(f"## {path.stem}: {asked.points} points, {wrongs} wrong answers\n")
         parts.append("| problem | points | seconds | wrong answer | the hint it gets |\n|---|---|---|---|---|")
-        parts += [row for problem in asked.problems for row in _rows(problem, proof.WRONG[problem.name])]
+        parts += [row for problem in asked.problems for row in _rows(problem, wrong[problem.name])]
         parts.append("")
     return "\n".join(parts)
 
 
-def _rows(problem: Problem, wrongs: list) -> list[str]:
+def _rows(problem: Problem, wrongs: list[Wrong]) -> list[str]:
     heads = [f"`{problem.name}` | {problem.points} | {problem.seconds:g}", *[" | | "] * (len(wrongs) - 1)]
     return [
         f"| {head} | {_change(wrong)} | {_cell(wrong.hint) or 'no hint'} |"
@@ -60,7 +59,7 @@ def _rows(problem: Problem, wrongs: list) -> list[str]:
     ]
 
 
-def _change(wrong) -> str:
+def _change(wrong: Wrong) -> str:
     if wrong.source:
         return f"`… {_cell(wrong.source.strip().splitlines()[-1])}`"
     return f"`{_cell(wrong.old)}` → `{_cell(wrong.new)}`" if wrong.new.strip() else f"without `{_cell(wrong.old)}`"

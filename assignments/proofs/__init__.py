@@ -1,6 +1,8 @@
 """What proves each problem set: a second right answer and typical wrong ones for every problem."""
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -18,3 +20,8 @@ class Wrong:
             return self.source
         assert solution.count(self.old) == 1, f"{self.old!r} must stand once in the solution"
         return solution.replace(self.old, self.new)
+
+
+def proof(name: str) -> ModuleType:
+    """The SOLUTIONS and WRONG of a set such as "1_optimize"."""
+    return importlib.import_module(f"{__name__}.set_{name}")

@@ -50,7 +50,8 @@ def mark(asked: ProblemSet, problem: Problem, answer: str) -> list[NotebookNode]
             names: dict[str, Any] = {"__name__": "__main__"}
             exec(asked.given, names)
             with answered(asked.given, answer, seconds=problem.seconds) as defined:
-                wanted = {name: value for name, value in defined.items() if name in problem.defines()}
+                asks = problem.defines()
+                wanted = {name: value for name, value in defined.items() if name in asks}
                 exec(compile(problem.test, "<the test>", "exec"), names | wanted)  # no `len` of the student's own
     except Exception as error:  # a wrong answer may make a test fail in any way, and every one of them is a 0
         return [new_output("error", ename=type(error).__name__, evalue=str(error), traceback=_shown(error))]

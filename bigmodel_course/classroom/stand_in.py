@@ -28,13 +28,14 @@ def answered(given: str, answer: str, *, seconds: float = 10.0) -> Iterator[dict
     """Run the source `given`, then `answer`, in a fenced process; yield the names that `answer` defined.
 
     Values are copies; functions and generators are stand-ins that send their arguments over and bring the result
-    back.  All calls together may take `seconds`; then the process is stopped and every further call raises
-    `AnswerError`.  What the answer raises while it is read is raised here.
+    back.  Reading the answer and all calls together may take `seconds`; then the process is stopped and every further
+    call raises `AnswerError`.  What the answer raises while it is read is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         caller = _Caller(folder, seconds)
         try:
-            yield caller.send({"given": given, "answer": answer, "seconds": seconds})
+            caller.begin({"given": given, "seconds": seconds})
+            yield caller.send(answer)
         finally:
             caller.stop()
 
@@ -46,14 +47,19 @@ class _Caller:
         self.seconds, self.left = seconds, seconds
         self.lent: list[Callable] = []
         self.stopped = ""
-        self.started = False
         context = forkserver.context("torch", student.__name__)
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=student.main, args=(theirs, folder), daemon=True)
         with theirs:
             forkserver.start(self.process)
 
-    def send(self, request: dict[str, Any]) -> Any:
+    def begin(self, task: dict[str, Any]) -> None:
+        """Wait until the process has run the given cells; from then on its time counts."""
+        self.left += START
+        self.send(task)
+        self.left = self.seconds
+
+    def send(self, request: Any) -> Any:
         """Ask for something and wait for what comes back."""
         if self.stopped:
             raise AnswerError(self.stopped)
@@ -72,16 +78,14 @@ class _Caller:
         self.process.join()
 
     def _receive(self) -> dict[str, Any]:
-        started, wait = time.monotonic(), self.left if self.started else self.left + START
+        started = time.monotonic()
         with self._lost():
-            if not self.link.poll(max(wait, 0)):
+            if not self.link.poll(max(self.left, 0)):
                 self.stopped = f"the answer took longer than the {self.seconds:g} seconds it has"
                 self.stop()
                 raise AnswerError(self.stopped)
             message = self.link.recv_bytes(LARGEST)
-        if self.started:
-            self.left -= time.monotonic() - started
-        self.started = True
+        self.left -= time.monotonic() - started
         return unpack(message, self._stand_in)
 
     def _answer(self, request: dict[str, Any]) -> None:

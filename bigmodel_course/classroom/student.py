@@ -1,6 +1,6 @@
 """The process in which one answer of a student runs: fenced in, with a limit on time and memory.
 
-It is started by `stand_in.Student` with a pipe.  The first message brings the sources: the set's own cells, then the
+It is started by `stand_in.answered` with a pipe.  The first message brings the set's own cells, the second the
 student's.  After that it calls what it is asked to call and sends back what comes out.  No hidden test and no right
 answer ever enters this process, so nothing that the student's code does to it can show or change them.
 
@@ -101,12 +101,13 @@ def main(link: Connection, folder: str) -> None:
     _alone(folder)
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    exec(compile(task["given"], "<the set's own cells>", "exec"), module.__dict__)
+    answer.reply(lambda: exec(compile(task["given"], "<the set's own cells>", "exec"), module.__dict__))
     given = set(vars(module))
+    source = unpack(answer.link.recv_bytes())
     _fence(folder)
 
     def run() -> dict[str, Any]:
-        exec(compile(task["answer"], "<your answer>", "exec"), module.__dict__)
+        exec(compile(source, "<your answer>", "exec"), module.__dict__)
         return {name: value for name, value in vars(module).items() if name not in given and _travels(name, value)}
 
     answer.reply(run)

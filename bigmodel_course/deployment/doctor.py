@@ -7,7 +7,6 @@ nonsense is in the best of health: nobody but the balancer knows that something 
 import os
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from time import sleep
 
 from bigmodel_course.deployment.balancer import Balancer
+from bigmodel_course.deployment.lifetime import end_with_stdin
 from bigmodel_course.deployment.supervision import Supervisor
 
 __all__ = ["hopeless", "main"]
@@ -42,7 +42,7 @@ def hopeless(table: Mapping[str, Mapping], processes: Mapping[str, Mapping], bee
 def main(argv: Sequence[str] | None = None) -> int:
     """Look, and look again, until the supervisor is gone."""
     (folder,) = sys.argv[1:] if argv is None else argv
-    threading.Thread(target=_follow, daemon=True).start()
+    end_with_stdin()
     balancer, supervisor = Balancer(Path(folder)), Supervisor(Path(folder))
     been_up: set[int] = set()
     looks: deque[set[int]] = deque(maxlen=LOOKS)
@@ -54,12 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         sleep(EVERY)
-
-
-def _follow() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":

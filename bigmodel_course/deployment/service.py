@@ -19,6 +19,7 @@ from selectors import EVENT_READ, DefaultSelector
 from time import monotonic
 from typing import IO
 
+from bigmodel_course.deployment import lifetime
 from bigmodel_course.deployment.service_settings import Settings
 
 __all__ = ["Running", "main", "serving"]
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bigmodel_course.deployment import service_app, service_worker  # fastapi and onnxruntime: in the worker only
 
     if arguments.die_with_parent:
-        service_worker.die_with_parent()
+        lifetime.die_with_parent()
     try:
         settings = _read_settings(arguments)
         listener = service_worker.listen(arguments.port, arguments.uds)
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"service: {error}", file=sys.stderr)
         return 2
     if arguments.stdin:
-        service_worker.end_with_stdin()
+        lifetime.end_with_stdin()
     announce = service_worker.announcement(listener, settings, sys.stdout)
     service_worker.Worker(app, settings, announce).run(sockets=[listener])
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigmodel_course.deployment import service_worker
+from bigmodel_course.deployment import lifetime, service_worker
 from bigmodel_course.deployment.sealed import Proven, Sealing, witness
 from bigmodel_course.deployment.served_models import Served, open_model
 from bigmodel_course.deployment.service_app import create_app
@@ -85,8 +85,7 @@ class Fault:
 
     def __init__(self, path: str):
         self._path = path
-        with_fault = Path(path)
-        with_fault.unlink(missing_ok=True)  # a new process is well
+        Path(path).unlink(missing_ok=True)  # a new process is well
 
     def __call__(self) -> str:
         try:
@@ -107,8 +106,8 @@ def _garbled(message: dict) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal says stop, or the supervisor is gone."""
     (path,) = sys.argv[1:] if argv is None else argv
-    service_worker.die_with_parent()
-    service_worker.end_with_stdin()
+    lifetime.die_with_parent()
+    lifetime.end_with_stdin()
     plan = Plan(**json.loads(Path(path).read_text(encoding="utf-8")))
     settings = Settings.from_json(plan.settings)
     fault = Fault(f"{plan.socket}.fault") if plan.faults else str

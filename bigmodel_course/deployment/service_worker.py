@@ -1,14 +1,10 @@
 """One worker process: uvicorn around an application, and what uvicorn leaves open: slow clients, an orderly end."""
 
 import asyncio
-import ctypes
 import json
 import os
-import signal
 import socket
 import stat
-import sys
-import threading
 from collections.abc import Callable
 from typing import TextIO
 
@@ -20,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bigmodel_course.deployment.service_gate import problem
 from bigmodel_course.deployment.service_settings import Settings
 
-__all__ = ["PatientProtocol", "Worker", "announcement", "die_with_parent", "end_with_stdin", "listen"]
+__all__ = ["PatientProtocol", "Worker", "announcement", "listen"]
 
 LARGEST_HEAD = 16_384  # bytes: request line and headers
 
@@ -145,23 +141,6 @@ def listen(port: int, path: str | None = None) -> socket.socket:
             f"port must be free, and {address} is not ({error.strerror}): port 0 takes a free one"
         ) from error
     return listener
-
-
-def end_with_stdin() -> None:
-    """End this process when its standard input ends: whoever holds the other end is gone then, however it went."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True, name="stdin").start()
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, even while it is stopped (PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
 
 
 def announcement(listener: socket.socket, settings: Settings, out: TextIO) -> Callable[[], None]:

@@ -7,20 +7,20 @@ by the kernel (Linux).
 """
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import xmlrpc.client
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from supervisor import supervisord
 from supervisor.xmlrpc import SupervisorTransport, UnixStreamHTTPConnection
+
+from bigmodel_course.deployment.lifetime import die_with_parent, end_with_stdin
 
 __all__ = ["Supervisor", "configuration", "main", "spawn"]
 
@@ -115,22 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`FOLDER`: be supervisord.  `FOLDER PROGRAM …`: become that program, as a child that dies with supervisord."""
     folder, *program = sys.argv[1:] if argv is None else argv
     if program:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        die_with_parent()
         os.execv(program[0], program)
-    threading.Thread(target=_follow, daemon=True).start()
+    end_with_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         supervisord.main(["-c", str(Path(folder) / "supervisord.conf")])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
-
-
-def _follow() -> None:
-    """End when standard input does."""
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _path() -> str:

@@ -7,19 +7,16 @@
 All of it works with any module; what is frozen and what trains is seen in the model itself.
 """
 
-import contextlib
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Generator, Tensor, nn
 
-from bigmodel_course import checkpoint
+from bigmodel_course.cache import kept
 
 __all__ = ["depth_groups", "features", "freeze_", "hold_statistics_", "replace_head_", "stages", "trained_parameters"]
 __all__ += ["unfreeze_", "unfreeze_gradually_"]
@@ -153,23 +150,17 @@ def features(network: nn.Module, x: Tensor, *, folder: str | Path | None = None,
     and of torch's version.  `folder`: by default $BIGMODEL_CACHE, or .cache/bigmodel-course in the home folder; where
     it cannot be written, features are computed every time.  A damaged file is computed anew.
     """
-    default = os.environ.get("BIGMODEL_CACHE") or Path.home() / ".cache" / "bigmodel-course"
-    path = Path(folder or default) / f"features-{_digest(network, x)[:32]}.safetensors"
-    with contextlib.suppress(OSError, checkpoint.CheckpointError):
-        return checkpoint.load(path)
+    return kept("features", _digest(network, x), lambda: _computed(network, x, batch_size), folder=folder)
+
+
+def _computed(network: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     modes = [(layer, layer.training) for layer in network.modules()]
     try:
         network.eval()
-        result = torch.cat([network(piece) for piece in x.split(batch_size)])
+        return torch.cat([network(piece) for piece in x.split(batch_size)])
     finally:
         for layer, mode in modes:
             layer.training = mode
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{uuid4().hex}.unfinished")  # two lessons may compute the same side by side
-        checkpoint.save(unfinished, result)
-        os.replace(unfinished, path)
-    return result
 
 
 def _digest(network: nn.Module, x: Tensor) -> str:
