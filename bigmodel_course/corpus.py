@@ -89,10 +89,11 @@ def windows(tokens: Tensor, count: int, length: int, *, seed: int, step: int) ->
 def bigram_loss(train: Tensor, test: Tensor, *, smoothing: float = 0.01) -> float:
     """Cross-entropy on `test`, in nats a token, of the best guess from the token before: the baseline to fall below.
 
-    Pairs are counted in `train`; `smoothing` is added to each count, or one unseen pair would cost infinitely much.
+    `test` is a text [N], or rows [count, N] of which each begins anew.  Pairs are counted in `train`; `smoothing` is
+    added to each count, or one unseen pair would cost infinitely much.
     """
     counts = torch.full((256, 256), smoothing, dtype=torch.float64)
     before, after = train[:-1].long(), train[1:].long()
     counts.index_put_((before, after), torch.ones(len(before), dtype=torch.float64), accumulate=True)
     logs = (counts / counts.sum(dim=1, keepdim=True)).log()
-    return -logs[test[:-1].long(), test[1:].long()].mean().item()
+    return -logs[test[..., :-1].long(), test[..., 1:].long()].mean().item()

@@ -9,11 +9,13 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import psutil
 import torch
 
 from bigmodel_course.deployment.cluster import Cluster, Replica, cut, deployment
@@ -21,6 +23,7 @@ from bigmodel_course.models import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 8
+ENOUGH = 60  # answers of a load
 
 
 def model() -> GPT:
@@ -68,13 +71,12 @@ class Story:
         self.tell("answers", whole=whole, parts=parts, different=len(top))
 
     def sockets(self) -> None:
-        listening = [
-            (process.name(), c.laddr.ip.removeprefix("::ffff:"))
-            for process in self.cluster.processes()
-            for c in process.net_connections("inet")
-            if c.status == "LISTEN"
-        ]
-        nice = [process.nice() for process in self.cluster.processes()]
+        listening, nice = [], []
+        for process in self.cluster.processes():
+            with suppress(psutil.NoSuchProcess):  # Ray ends workers that are idle
+                ears = [c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"]
+                listening += [(process.name(), ip.removeprefix("::ffff:")) for ip in ears]
+                nice.append(process.nice())
         self.tell("sockets", listening=listening, nice=nice)
 
     def bad_requests(self) -> None:
@@ -84,7 +86,7 @@ class Story:
         self.tell("bad requests", statuses=[a.status_code for a in answers], said=[a.json()["error"] for a in answers])
 
     def load(self, act, **extra) -> dict:
-        """Ask from CLIENTS threads while `act()` runs and for a second more; count what came back."""
+        """Ask from CLIENTS threads before, while and after `act()` runs; count what came back."""
         going, seen, said, asked = [True], [], [], count()
 
         def client(i: int) -> None:
@@ -99,12 +101,19 @@ class Story:
                     said.append(answer.json()["error"])
                 seen.append((answer.status_code, wrong, found.get("retries", 0), seconds, found.get("replicas", [])))
 
+        def heard() -> bool:
+            """Has every replica that runs answered, or a client failed?"""
+            known = {name for answer in list(seen) for name in answer[-1]}
+            running = {r.name for i in range(2) for r in self.cluster.replicas("split", f"Stage{i}")}
+            return running <= known or any(each.done() for each in clients)
+
         with ThreadPoolExecutor(CLIENTS) as pool:
             clients = [pool.submit(client, i) for i in range(CLIENTS)]
             try:
-                time.sleep(0.5)
+                self.cluster.wait(heard, "an answer of every replica")
                 act()
-                time.sleep(1)
+                self.cluster.wait(heard, "an answer of every new replica")
+                self.cluster.wait(lambda: len(seen) > ENOUGH or any(c.done() for c in clients), "enough answers")
             finally:
                 going.clear()
             [each.result() for each in clients]
@@ -134,12 +143,16 @@ class Story:
                 self.cluster.kill(victim)
                 self.cluster.wait(lambda victim=victim: self.new(victim), "a new replica")
 
-        for _ in range(4):  # until something was under way
-            told = self.load(lambda: act("Stage1"), tries=1)
-            if told["failed"]:
+        self.tell("replicas killed, one try", **self.hit("failed", lambda: act("Stage1"), tries=1))
+        self.tell("replicas killed", **self.hit("retries", lambda: act("Stage0", "Stage1")))
+
+    def hit(self, sign: str, act, **extra) -> dict:
+        """`load`, a few times at most until the blow fell on a request that was under way, which the sign says."""
+        for _ in range(4):
+            told = self.load(act, **extra)
+            if told[sign] or (told["failed"], told["wrong"]) != (0, 0):
                 break
-        self.tell("replicas killed, one try", **told)
-        self.tell("replicas killed", **self.load(lambda: act("Stage0", "Stage1")))
+        return told
 
     def worker(self) -> str:
         return next(node["node"] for node in self.cluster.nodes() if not node["head"])
@@ -151,7 +164,7 @@ class Story:
             self.cluster.add_node()
             self.tell("node", noticed=noticed, whole=self.cluster.wait(self.whole, "the new node to be used"))
 
-        self.tell("node killed", **self.load(act))
+        self.tell("node killed", **self.hit("retries", act))
 
     def sleepers(self) -> int:
         return len(self.cluster.replicas("sleep", "Sleep"))
@@ -167,14 +180,17 @@ class Story:
             clients = [pool.submit(client, i) for i in range(6)]
             try:
                 self.cluster.wait(lambda: seen.add(self.sleepers()) or self.sleepers() == 3, "three replicas")
-                before, start = len(slept), time.monotonic()
-                time.sleep(3)
-                rate = (len(slept) - before) / (time.monotonic() - start)
+                for _ in range(20):  # until the new ones are known and the machine lets them
+                    before, start = len(slept), time.monotonic()
+                    time.sleep(3)
+                    answers, seconds = len(slept) - before, time.monotonic() - start
+                    if answers > 1.3 * seconds / 0.2:  # more than one replica can
+                        break
             finally:
                 going.clear()
             [each.result() for each in clients]
         down = self.cluster.wait(lambda: self.sleepers() == 1, "one replica again")
-        self.tell("autoscaled", seen=sorted(seen), rate=rate, down=down)
+        self.tell("autoscaled", seen=sorted(seen), answers=answers, seconds=seconds, down=down)
 
     def scale(self) -> None:
         """One deployment of the file changed: the others keep their processes."""
@@ -191,7 +207,7 @@ def main() -> None:
     journal, folder = map(Path, sys.argv[1:])
     cut(model(), folder, stages=2, name="story")
     start = time.monotonic()
-    with Cluster(ROOT / "clusters" / "serve.yaml", model=folder) as cluster:
+    with Cluster(ROOT / "clusters" / "serve.yaml", model=folder, timeout=600.0) as cluster:
         story = Story(journal, folder, cluster)
         story.tell("started", seconds=time.monotonic() - start)
         for chapter in (

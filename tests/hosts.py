@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 
@@ -70,5 +72,14 @@ def shown_by(agents: Sequence[subprocess.Popen], timeout: float) -> list[str]:
         return shown
     finally:
         for agent in agents:
-            agent.kill()
+            end_all(agent)
             agent.communicate()
+
+
+def end_all(agent: subprocess.Popen) -> None:
+    """SIGKILL to it and to its ranks, which would outlive it and keep its pipes open."""
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(agent.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+    agent.kill()

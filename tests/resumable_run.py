@@ -32,8 +32,11 @@ class OwnDropout(nn.Module):
         return x * (torch.rand(x.shape, generator=self.generator) > 0.2) / 0.8 if self.training else x
 
 
-def run(folder, *, optimizer="course's AdamW", every=1, epochs=5, damage=None) -> tuple[nn.Module, History]:
-    """Train, going on from the checkpoints in `folder`; write the final weights beside them."""
+def run(folder, *, optimizer="course's AdamW", every=1, epochs=5, damage=None, begun=None) -> tuple[nn.Module, History]:
+    """Train, going on from the checkpoints in `folder`; write the final weights beside them.
+
+    The file `begun` appears when everything is loaded and the training begins.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(3)
     own, drawn = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
@@ -45,6 +48,8 @@ def run(folder, *, optimizer="course's AdamW", every=1, epochs=5, damage=None) -
     options |= {"checkpoints": checkpoint.Checkpoints(folder, every=every), "progress": False}
     if damage:
         kill_at(*damage)
+    if begun:
+        Path(begun).touch()
     history = fit(model, OPTIMIZERS[optimizer](model.parameters()), nn.CrossEntropyLoss(), data[:48], **options)
     checkpoint.save(Path(folder) / "final.safetensors", {"model": model.state_dict(), "history": vars(history)})
     return model, history

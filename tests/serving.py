@@ -1,11 +1,34 @@
-"""What the tests of the service share: workers, requests by hand, and the addresses of both."""
+"""What the tests of the service share: requests by hand, and patience with a busy machine."""
 
 import contextlib
 import json
 import socket
+import time
 
+import httpx
+import psutil
+
+PATIENCE = 300.0  # seconds until what does not come is a fault: a busy machine is none
+LIMITS = httpx.Limits(keepalive_expiry=1)  # a worker closes an idle connection after 5 s, maybe while we send on it
 PICTURE = [0.0] * 60 + [1.0] * 4  # the sleep model's answer is 4
 BODY = json.dumps({"pictures": [PICTURE]}).encode()
+
+
+def until(true, seconds=PATIENCE):
+    """Wait until `true()` is; False if it never is."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def gone(process):
+    """No such process, or one that has ended and was not collected: not every machine's first process does that."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def head(method="POST", path="/v1/predict", **headers):
@@ -22,7 +45,7 @@ def post(body=BODY, **headers):
 class Wire:
     """One TCP connection to a worker, for what no HTTP client would do."""
 
-    def __init__(self, port, timeout=60):
+    def __init__(self, port, timeout=PATIENCE):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout)
 
     def __enter__(self):

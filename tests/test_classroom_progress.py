@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
         elif cell.cell_type == "markdown":
             kept.append(cell)
     lesson.cells = kept
-    NotebookClient(lesson, allow_errors=True, timeout=120).execute()
+    NotebookClient(lesson, allow_errors=True, timeout=600, startup_timeout=300).execute()
     folder = tmp_path_factory.mktemp("lessons")
     nbformat.write(lesson, folder / "11_gradient_descent.ipynb")
     shutil.copy(LESSONS / "12_stochastic_gradients.ipynb", folder)

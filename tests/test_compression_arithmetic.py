@@ -106,11 +106,11 @@ def test_the_mixer_finds_the_context_that_counts(seen):
 
 def test_every_machine_rounds_the_tables_alike():
     """An entry nearer than 1e-6 to a half could be rounded differently by another machine's logarithm."""
-    decimal.getcontext().prec = 30
-    half, nat = decimal.Decimal("0.5"), decimal.Decimal(NAT)
-    cases = [(arithmetic.STRETCH[i], nat * ((i + half) / (ONE - i - half)).ln()) for i in range(0, ONE, 7)]
-    cases += [
-        (y, min(max(ONE / (1 + (-decimal.Decimal(i - arithmetic.FAR) / nat).exp()), decimal.Decimal(1)), ONE - 1))
-        for i, y in enumerate(arithmetic.SQUASH)
-    ]
-    assert all(abs(exact - entry) < half - decimal.Decimal("1e-6") for entry, exact in cases)
+    with decimal.localcontext(prec=30):
+        half, nat = decimal.Decimal("0.5"), decimal.Decimal(NAT)
+        cases = [(arithmetic.STRETCH[i], nat * ((i + half) / (ONE - i - half)).ln()) for i in range(0, ONE, 7)]
+        cases += [
+            (y, min(max(ONE / (1 + (-decimal.Decimal(i - arithmetic.FAR) / nat).exp()), decimal.Decimal(1)), ONE - 1))
+            for i, y in enumerate(arithmetic.SQUASH)
+        ]
+        assert all(abs(exact - entry) < half - decimal.Decimal("1e-6") for entry, exact in cases)

@@ -44,6 +44,10 @@ from bigmodel_course.models import GPT, GPTConfig, LeNet300100, digit_model
 
 SCALES = [1 / 3, 0.1, 0.0371, 0.25]
 ZEROS = [-128, -3, 0, 41, 127]
+# Without VNNI onnxruntime adds two products of a byte and a signed byte in 16 bits, which overflow unless the signed
+# ones keep to 7 bits: there its numbers are right for those alone.
+VNNI = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni"))
+SIGNED_BITS = 8 if VNNI else 7
 
 
 def generator(seed=0):
@@ -555,6 +559,8 @@ def test_four_bits_are_within_half_a_step(seen, weight, group):
 @pytest.mark.parametrize("columns", [False, True])
 def test_integer_products_are_those_of_onnxruntime(m, k, n, dtype, columns, seen):
     a, b = codes(m, k), codes(k, n, dtype=dtype, seed=1)
+    if dtype == torch.int8:
+        b >>= 8 - SIGNED_BITS
     zeros = {"a_zero": torch.tensor(117, dtype=torch.uint8), "b_zero": codes(n, dtype=dtype, seed=2)}
     if not columns:
         zeros["b_zero"] = zeros["b_zero"][0]
@@ -576,7 +582,7 @@ def test_integer_products_are_those_of_onnxruntime(m, k, n, dtype, columns, seen
 def test_requantized_products_are_those_of_onnxruntime(columns, out_scale, seen):
     x, weight = normal(64, 784).relu(), normal(784, 300, seed=1, scale=0.05)
     x_grid, out = fit_affine(x), grid_of(out_scale, 103, 0, 255)
-    w_grid = fit_affine(weight, symmetric=True, dim=1 if columns else None)
+    w_grid = fit_affine(weight, bits=SIGNED_BITS, symmetric=True, dim=1 if columns else None)
     a, b = x_grid.encode(x), w_grid.encode(weight)
     shape = (-1,) if columns else ()
     constants = {"as": x_grid.scale.reshape(()), "az": x_grid.zero.reshape(()).to(torch.uint8), "b": b}
@@ -653,7 +659,7 @@ def dynamic_nodes():
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_dynamic_layer_gives_the_numbers_of_onnxruntime(per_channel, batch, seen):
     layer, x = linear(784, 300), normal(batch, 784, seed=5).relu()
-    ours = QuantizedLinear(layer, per_channel=per_channel)
+    ours = QuantizedLinear(layer, bits=SIGNED_BITS, per_channel=per_channel)
     scale = ours.scale if per_channel else ours.scale[0]
     constants = {"b": ours.codes.T, "bs": scale, "bz": torch.zeros_like(scale, dtype=torch.int8), "bias": ours.bias}
     (theirs,) = onnxruntime_run(dynamic_nodes(), {"x": x}, ["y"], constants, optimize=False)
@@ -671,7 +677,7 @@ def test_a_dynamic_layer_gives_the_numbers_of_onnxruntime(per_channel, batch, se
 def test_a_static_layer_gives_the_numbers_of_onnxruntime(seen):
     layer, x = linear(784, 300), normal(64, 784, seed=5).relu()
     grid = calibrate(layer, x[:32].split(8))[""]
-    ours = QuantizedLinear(layer, grid=grid)
+    ours = QuantizedLinear(layer, bits=SIGNED_BITS, grid=grid)
     constants = {"as": grid.scale, "az": grid.zero.to(torch.uint8), "b": ours.codes.T, "scale": grid.scale * ours.scale}
     constants |= {"bz": torch.tensor(0, dtype=torch.int8), "bias": ours.bias}
     quantize = helper.make_node("QuantizeLinear", ["x", "as", "az"], ["a"])

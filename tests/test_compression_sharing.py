@@ -1,6 +1,7 @@
 """Weight sharing: k-means exact in one dimension, and shared values that learn from the sum of gradients."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -65,7 +66,6 @@ def test_values_are_scikit_learns(values, init, seen):
     on="any numbers, also equal ones, few and none, three starts",
     bound=1e-5,
 )
-@pytest.mark.filterwarnings("error")
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([0.0, 0.5, -0.5]) | st.floats(-4, 4, width=32, allow_subnormal=False), max_size=60),
@@ -74,7 +74,8 @@ def test_values_are_scikit_learns(values, init, seen):
 )
 def test_weights_take_the_nearest_value_and_values_are_means(seen, numbers, values, init):
     w = torch.tensor(numbers)
-    book = share(w, values, init=init, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(action="error"):  # here alone: what an earlier test left to the collector may warn too
+        book = share(w, values, init=init, generator=torch.Generator().manual_seed(0))
     kept = w != 0
     assert torch.equal(book.codes > 0, kept)
     assert len(book.values) <= values

@@ -1,10 +1,12 @@
 """What HAProxy is given is what it takes, and what it is not given is refused with a sentence."""
 
+import os
 import shlex
 import subprocess
 import sys
 
 import pytest
+from serving import PATIENCE
 from supervisor.options import ServerOptions
 
 from bigmodel_course.deployment import balancer, supervision
@@ -26,7 +28,7 @@ def test_haproxy_accepts_its_configuration(replicas, tmp_path):
     (tmp_path / "haproxy.cfg").write_text(balancer.configuration(8765, used))
     (tmp_path / "keys.map").write_text(balancer.keys_file(dict.fromkeys(names, b"k" * 32)))
     command = [balancer.program(), "-c", "-f", "haproxy.cfg"]
-    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert checked.returncode == 0, checked.stderr
     assert "WARNING" not in checked.stderr
 
@@ -43,7 +45,7 @@ def test_times_that_make_no_sense_are_refused():
         ("UP", "UP", "RUNNING", 99, True, False),
         ("DOWN via watch-1/checked", "DOWN", "RUNNING", 5, True, True),
         ("DOWN via watch-1/checked", "DOWN", "RUNNING", 5, False, False),  # it starts: let it
-        ("DOWN via watch-1/checked", "DOWN", "RUNNING", 99, False, True),  # it started, and never was right
+        ("DOWN via watch-1/checked", "DOWN", "RUNNING", 999, False, True),  # it started, and never was right
         ("DOWN via watch-1/checked", "DOWN", "STARTING", 0, False, False),
         ("MAINT", "MAINT", "RUNNING", 99, True, False),
         ("DRAIN", "DOWN", "RUNNING", 99, True, False),
@@ -83,6 +85,23 @@ def test_supervisord_reads_the_commands_as_they_were(tmp_path):
     one, two = (group.process_configs[0] for group in sorted(options.process_group_configs, key=lambda g: g.name))
     assert shlex.split(one.command) == words
     assert (one.autostart, two.autostart) == (True, False)
+
+
+def test_a_folder_goes_also_when_whoever_held_it_died_before_supervisord_was_ready(tmp_path):
+    (folder := tmp_path / "fleet").mkdir()
+    (folder / "supervisord.conf").write_text(supervision.configuration(folder, {}))
+    process = supervision.spawn(folder)
+    process.stdin.close()
+    process.wait(PATIENCE)
+    assert not folder.exists()
+
+
+def test_a_program_begins_only_while_its_supervisor_lives():
+    program = [sys.executable, "-c", "print('it runs', end='')"]
+    command = [sys.executable, "-m", supervision.__name__, "a folder", *program]
+    for holder, said in ((os.getpid(), b"it runs"), (os.getppid(), b"")):
+        environment = os.environ | {supervision.HOLDER: str(holder)}
+        assert subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=PATIENCE).stdout == said
 
 
 def test_without_its_package_haproxy_is_looked_for_on_the_path(monkeypatch, tmp_path):

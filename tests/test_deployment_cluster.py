@@ -1,6 +1,7 @@
 """A model cut over the replicas of a real Ray cluster answers as the whole one does, also while they are killed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 import yaml
 from cluster_story import ROOT, model
 from filelock import FileLock
+from serving import gone, until
 
 from bigmodel_course.deployment import cluster_app, cluster_console, cluster_process
 from bigmodel_course.deployment.cluster import Cluster, Replica, cut, deployment
@@ -25,7 +27,7 @@ from bigmodel_course.deployment.cluster_process import ClusterError, Process, en
 from bigmodel_course.deployment.export import check
 
 CONFIG = ROOT / "clusters" / "serve.yaml"
-PATIENCE = 400  # seconds: a busy machine is not a fault
+PATIENCE = 1800  # seconds: a busy machine is not a fault
 
 
 @pytest.fixture(scope="session")
@@ -36,41 +38,45 @@ def story(tmp_path_factory) -> dict[str, dict]:
     journal, told = home / "cluster.journal", home / "cluster.told"
     with FileLock(home / "cluster.lock"):
         if not told.exists():
-            live(journal, home / "cluster-parts")
+            live(journal, home)
             told.touch()
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     return {line["what"]: line for line in lines}
 
 
-def live(journal: Path, parts: Path) -> None:
+def live(journal: Path, home: Path) -> None:
     """Run the story, kill it at its end, and see what is left."""
-    journal.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "tests" / "cluster_story.py"), str(journal), str(parts)]
-    teller = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not journal.exists() or '"what": "end"' not in journal.read_text():
-            assert teller.poll() is None, teller.stderr.read()[-3000:]
-            assert time.monotonic() < deadline, journal.read_text() if journal.exists() else "it did not start"
-            time.sleep(0.2)
-        end = json.loads(journal.read_text().splitlines()[-1])
-        processes = [psutil.Process(pid) for pid in end["family"]]
-    finally:
-        teller.send_signal(signal.SIGKILL)
-        teller.communicate()
-    _, left = psutil.wait_procs(processes, 60)
-    until(lambda: not Path(end["folder"]).exists())
+    journal.write_text("")
+    command = [sys.executable, str(ROOT / "tests" / "cluster_story.py"), str(journal), str(home / "cluster-parts")]
+    with (home / "cluster.errors").open("a") as errors:  # a pipe that nobody reads would fill up
+        teller = subprocess.Popen(command, stderr=errors)
+        try:
+            assert until(lambda: ended(journal) or teller.poll() is not None, PATIENCE), journal.read_text()
+            assert ended(journal), (home / "cluster.errors").read_text()[-3000:]
+            end = json.loads(journal.read_text().splitlines()[-1])
+            processes = [process for pid in end["family"] for process in living(pid)]
+        finally:
+            teller.send_signal(signal.SIGKILL)
+            teller.wait()
+    until(lambda: all(map(gone, processes)) and not Path(end["folder"]).exists())
     with socket.socket() as client:
         refused = client.connect_ex(("127.0.0.1", end["port"])) != 0
-    names = [process.name() for process in left]
+    names = [process.name() for process in processes if not gone(process)]
     line = {"what": "left", "processes": names, "folder": Path(end["folder"]).exists(), "refused": refused}
     journal.write_text(journal.read_text() + json.dumps(line) + "\n")
 
 
-def until(true, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.1)
+def ended(journal: Path) -> bool:
+    """Does the last line, a whole one, say so?"""
+    *_, last = ["", *journal.read_text().splitlines(keepends=True)]
+    return '"what": "end"' in last and last.endswith("\n")
+
+
+def living(pid: int) -> list[psutil.Process]:
+    """One process, or none where it has ended since it was listed: Ray ends workers that are idle."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid)]
+    return []
 
 
 # --- a model in parts -------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def test_a_replica_that_hangs_is_given_up_after_the_patience():
     call, _ = flaky("hang")
     start = time.monotonic()
     assert asyncio.run(cluster_app.again(call, (Gone,), 5, 0.2)) == ("answer", 2)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60, "it slept to its end"
 
 
 def test_when_the_tries_are_used_up_one_sentence_says_so():
@@ -273,7 +279,9 @@ def test_replicas_come_with_the_load_and_go_with_it(story):
     told = story["autoscaled"]
     assert told["seen"][0] == 1
     assert told["seen"][-1] == 3
-    assert 1.3 / 0.2 < told["rate"] < 1.05 * 3 / 0.2
+    assert told["answers"] > 1.3 * told["seconds"] / 0.2, "no more than one replica could"
+    ready = 3 + 6  # what each replica and each client may have had at hand when the clock began
+    assert told["answers"] <= 3 * told["seconds"] / 0.2 + ready
 
 
 @pytest.mark.verifies(
@@ -361,7 +369,7 @@ def test_nothing_outlives_a_console_that_was_killed():
             process.ask("status", PATIENCE)
     finally:
         process.close()
-    assert not any(process.is_running() for process in whole)
+    assert until(lambda: all(map(gone, whole)))
     assert not process.folder.exists()
 
 
@@ -401,4 +409,11 @@ def test_the_config_file_is_bound_to_this_machine_and_its_sizes_are_those_of_the
         module, name = app["import_path"].split(":")
         assert module == "bigmodel_course.deployment.cluster_app"
         assert callable(getattr(cluster_app, name))
-    assert cluster_console.free_port() > 1023
+
+
+def test_a_port_that_was_found_free_is_kept_for_ray():
+    with contextlib.closing(cluster_console.free_place()) as place, socket.socket() as other, socket.socket() as rays:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(place.getsockname())
+        rays.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        rays.bind(place.getsockname())

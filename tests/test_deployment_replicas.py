@@ -5,45 +5,46 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from serving import PATIENCE, gone, until
 
 from bigmodel_course.deployment.replicas import Fleet
 from bigmodel_course.deployment.sealed import agreed
 from bigmodel_course.deployment.traffic import Answer, Traffic, labels
 
 QUESTIONS = [({"pictures": [[1.0] * n + [0.0] * (64 - n)]}, [str(n % 10)]) for n in range(10)]
-PATIENT = 300.0  # seconds: a busy machine is not a fault
 
 
 @pytest.fixture(scope="module")
 def fleet():
-    with Fleet("sleep:0.01", replicas=3, slots=5, faults=True, timeout=PATIENT) as fleet:
+    with Fleet("sleep:0.01", replicas=3, slots=5, patience=10.0, faults=True, timeout=PATIENCE) as fleet:
         yield fleet
 
 
 @contextmanager
 def traffic(fleet, clients=4):
     """Ask all the while, and let nothing be lost and nothing be wrong."""
-    with Traffic(f"{fleet.url}/v1/predict", QUESTIONS, clients=clients) as traffic:
-        while len(traffic.answers) < 20:
-            time.sleep(0.01)
+    with Traffic(f"{fleet.url}/v1/predict", QUESTIONS, clients=clients, timeout=PATIENCE) as traffic:
+        assert until(lambda: len(traffic.answers) >= 20)
         yield traffic
         enough = len(traffic.answers) + 20
-        while len(traffic.answers) < enough:
-            time.sleep(0.01)
+        assert until(lambda: len(traffic.answers) >= enough)
     assert traffic.lost == 0, Counter(answer.status for answer in traffic.answers)
     assert traffic.wrong == 0
 
 
 def names(fleet):
     return [replica.name for replica in fleet.status()]
+
+
+def states(fleet):
+    return {replica.state for replica in fleet.status()}
 
 
 @pytest.mark.verifies(
@@ -67,19 +68,22 @@ def test_nothing_is_lost_and_nothing_is_wrong(fleet, harm):
 
 
 def test_each_replica_has_its_share(fleet):
+    used = set(names(fleet))
+
+    def shared():
+        shares = Counter(answer.replica for answer in list(sent.answers))
+        return shares.total() >= 150 and shares.keys() == used and min(shares.values()) > shares.total() / 10
+
     with traffic(fleet) as sent:
-        while len(sent.answers) < 150:
-            time.sleep(0.01)
-    shares = Counter(answer.replica for answer in sent.answers)
-    assert shares.keys() == set(names(fleet))
-    assert min(shares.values()) > len(sent.answers) / 10
+        assert until(shared)
 
 
 def test_a_slow_replica_delays_its_requests_and_loses_none(fleet):
     slowed = names(fleet)[0]
     with traffic(fleet) as sent:
         fleet.slow(slowed, 0.1)
-        time.sleep(1.0)
+        enough = len(sent.answers) + 100
+        assert until(lambda: len(sent.answers) >= enough)
         fleet.slow(slowed, None)
     took = {own: [a.took for a in sent.answers if (a.replica == slowed) == own] for own in (True, False)}
     assert len(took[False]) > len(took[True])
@@ -90,7 +94,7 @@ def test_replicas_come_and_go_and_change_their_model_under_load(fleet):
     with traffic(fleet):
         fleet.scale(4)
         assert len(names(fleet)) == 4
-        assert {r.state for r in fleet.status()} == {"up"}
+        assert until(lambda: states(fleet) == {"up"})
         fleet.scale(2)
         assert len(names(fleet)) == 2
         fleet.rolling_update("sleep:0.02")
@@ -102,58 +106,66 @@ def test_replicas_come_and_go_and_change_their_model_under_load(fleet):
 
 
 def test_without_any_replica_there_is_a_clear_503_and_then_an_answer(fleet):
-    for name in names(fleet):
+    pids = {replica.name: replica.pid for replica in fleet.status()}
+    supervisord = psutil.Process(min(pids.values())).parent()
+    for name in pids:
         fleet.freeze(name)
-    for name in names(fleet):
-        fleet.kill(name)
     body, right = QUESTIONS[3]
-    reply = httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=60)
+    supervisord.suspend()  # it would start new ones, perhaps before we ask
+    try:
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        reply = httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=PATIENCE)
+    finally:
+        supervisord.resume()
     assert reply.status_code == 503
     assert reply.headers["retry-after"] == "1"
     assert reply.json() == {"status": 503, "detail": "No replica is up: ask again in a moment."}
     fleet.recovered()
-    assert labels(httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=60).json()) == right
+    assert labels(httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=PATIENCE).json()) == right
 
 
 def test_the_balancer_comes_back_as_it_was(fleet):
-    process = fleet._machine.supervisor.processes()["haproxy"]
-    os.kill(process["pid"], signal.SIGKILL)
     body, right = QUESTIONS[4]
-    end = time.monotonic() + PATIENT
-    while True:
-        try:
-            reply = httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=60)
-            if reply.status_code == 200:
-                break
-        except httpx.HTTPError:
-            assert time.monotonic() < end
-        time.sleep(0.05)
-    assert labels(reply.json()) == right
+    replies = []
+
+    def answered():
+        with suppress(httpx.HTTPError):
+            replies.append(httpx.post(f"{fleet.url}/v1/predict", json=body, timeout=PATIENCE))
+        return replies and replies[-1].status_code == 200
+
+    os.kill(fleet._machine.supervisor.processes()["haproxy"]["pid"], signal.SIGKILL)
+    assert until(answered)
+    assert labels(replies[-1].json()) == right
     fleet.recovered()
-    assert {replica.state for replica in fleet.status()} == {"up"}
+    assert until(lambda: states(fleet) == {"up"})
 
 
 def test_errors_of_a_client_are_answered_and_cost_no_replica(fleet):
-    refused = httpx.post(f"{fleet.url}/v1/predict", json={"pictures": [[2.0]]}, timeout=60)
+    refused = httpx.post(f"{fleet.url}/v1/predict", json={"pictures": [[2.0]]}, timeout=PATIENCE)
     assert refused.status_code == 422
     assert "x-seal" not in refused.headers
-    assert httpx.get(f"{fleet.url}/v1/proof", timeout=60).status_code == 404, "the health check is not for clients"
-    assert httpx.get(f"{fleet.url}/docs", timeout=60).status_code == 200
-    assert {replica.state for replica in fleet.status()} == {"up"}
+    assert httpx.get(f"{fleet.url}/v1/proof", timeout=PATIENCE).status_code == 404, (
+        "the health check is not for clients"
+    )
+    assert httpx.get(f"{fleet.url}/docs", timeout=PATIENCE).status_code == 200
+    assert states(fleet) == {"up"}
 
 
 def test_what_proves_itself_and_lies_elsewhere_is_found_by_a_vote(fleet):
     """The seal's limit, and what helps: three replicas asked, and the majority believed."""
     liar, *_ = names(fleet)
     fleet.nonsense(liar, "one input")
-    with Traffic(f"{fleet.url}/v1/predict", QUESTIONS) as sent:
-        while len(sent.answers) < 60:
-            time.sleep(0.01)
+    with Traffic(f"{fleet.url}/v1/predict", QUESTIONS, timeout=PATIENCE) as sent:
+        assert until(lambda: {liar} <= {answer.replica for answer in list(sent.answers) if answer.wrong})
+        enough = len(sent.answers) + 60
+        assert until(lambda: len(sent.answers) >= enough)
     assert {answer.replica for answer in sent.answers if answer.wrong} == {liar}
     for body, right in QUESTIONS[:3]:
         said = []
         for name in names(fleet):
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(fleet.door_of(name))), timeout=60) as client:
+            door = httpx.HTTPTransport(uds=str(fleet.door_of(name)))
+            with httpx.Client(transport=door, timeout=PATIENCE) as client:
                 said.append(labels(client.post("http://fleet/v1/predict", json=body).json())[0])
         assert [agreed(said)] == right
         assert len(set(said)) == 2
@@ -162,8 +174,9 @@ def test_what_proves_itself_and_lies_elsewhere_is_found_by_a_vote(fleet):
 
 
 SCRIPT = """
-import json, sys, time
+import json, signal, time
 from bigmodel_course.deployment.replicas import Fleet
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script runs in the background is deaf to it
 fleet = Fleet("sleep:0.01", replicas=1, slots=2, timeout=300.0).start()
 print(json.dumps({"folder": str(fleet.folder), "url": fleet.url}), flush=True)
 time.sleep(600)
@@ -193,17 +206,13 @@ def test_nothing_is_left_when_a_process_above_is_killed_or_interrupted(victim, b
         folder = Path(where["folder"])
         assert folder.stat().st_mode & 0o077 == 0, "the folder holds a secret"
         (supervisord,) = psutil.Process(parent.pid).children()
-        below = supervisord.children()
-        assert len(below) == 3, "the balancer, the doctor, a replica"
+        assert until(lambda: len(supervisord.children()) == 3), "the balancer, the doctor, a replica"
+        family = [supervisord, *supervisord.children()]
         os.kill(parent.pid if victim == "parent" else supervisord.pid, blow)
-        _, alive = psutil.wait_procs(below, timeout=PATIENT)
-        assert alive == []
+        assert until(lambda: all(map(gone, family)))
         with pytest.raises(httpx.ConnectError):
-            httpx.get(where["url"], timeout=60)
-        end = time.monotonic() + PATIENT
-        while victim == "parent" and folder.exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+            httpx.get(where["url"], timeout=PATIENCE)
+        assert victim == "supervisord" or until(lambda: not folder.exists())
     finally:
         parent.kill()
         parent.wait()

@@ -1,11 +1,13 @@
 """Rows of many requests share a batch and each request gets its own answers; the models that are served."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from serving import PATIENCE
 
 from bigmodel_course.deployment.batching import Batcher, Done, QueueFull
 from bigmodel_course.deployment.export import export
@@ -18,18 +20,28 @@ class Doubling:
 
     def __init__(self):
         self.batches = []
-        self.pause = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
 
     def __call__(self, rows):
         self.batches.append(list(rows))
-        time.sleep(self.pause)
+        assert self.gate.wait(PATIENCE)
         if min(rows) < 0:
             raise ArithmeticError(f"negative: {min(rows)}")
         return [2 * row for row in rows]
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE))
+
+
+async def busy(batcher, row):
+    """A request that the model works on, until its gate opens."""
+    batcher.run.gate.clear()
+    request = asyncio.create_task(batcher.submit([row]))
+    while not batcher.run.batches:
+        await asyncio.sleep(0.01)
+    return request
 
 
 async def submit_all(batcher, requests):
@@ -68,14 +80,14 @@ def test_each_request_gets_its_own_answers_in_order(largest, wait, seen):
 
 def test_what_gathers_while_a_batch_runs_is_the_next_batch_and_nobody_waits_without_load():
     model = Doubling()
-    model.pause = 0.3
 
     async def body():
         async with Batcher(model, largest=8) as batcher:
-            first = asyncio.create_task(batcher.submit([0]))
-            while not model.batches:
-                await asyncio.sleep(0.01)
-            await asyncio.gather(first, *(batcher.submit([i]) for i in range(1, 6)))
+            requests = [await busy(batcher, 0), *(asyncio.create_task(batcher.submit([i])) for i in range(1, 6))]
+            while len(batcher) < 5:
+                await asyncio.sleep(0)
+            model.gate.set()
+            await asyncio.gather(*requests)
 
     run(body())
     assert model.batches == [[0], [1, 2, 3, 4, 5]]
@@ -92,7 +104,7 @@ def test_with_a_wait_the_first_row_waits_for_company_but_a_full_batch_goes_at_on
                 await asyncio.sleep(0.01)
             await asyncio.gather(*tasks)
 
-    run(body([1, 2, 3], wait=1.0))
+    run(body([1, 2, 3], wait=3.0))
     assert model.batches == [[1, 2, 3]]
     model.batches.clear()
     run(body([1, 2, 3, 4], wait=59.0))
@@ -107,18 +119,16 @@ def test_with_a_wait_the_first_row_waits_for_company_but_a_full_batch_goes_at_on
 )
 def test_a_full_queue_refuses_the_whole_request_and_keeps_the_others():
     model = Doubling()
-    model.pause = 0.3
 
     async def body():
         async with Batcher(model, largest=1, queue=3) as batcher:
-            first = asyncio.create_task(batcher.submit([0]))
-            while not model.batches:
-                await asyncio.sleep(0.01)
+            first = await busy(batcher, 0)
             two = asyncio.create_task(batcher.submit([1, 2]))
             await asyncio.sleep(0)
             assert len(batcher) == 2
             with pytest.raises(QueueFull, match="2 rows wait and 3 may: 2 more"):
                 await batcher.submit([3, 4])
+            model.gate.set()
             return await first, await two
 
     first, two = run(body())
@@ -140,19 +150,17 @@ def test_a_row_that_the_model_cannot_take_fails_its_own_request_only():
 
 def test_a_request_that_is_given_up_costs_nothing_and_the_work_goes_on():
     model = Doubling()
-    model.pause = 0.2
 
     async def body():
         async with Batcher(model, largest=1) as batcher:
-            first = asyncio.create_task(batcher.submit([0]))
-            while not model.batches:
-                await asyncio.sleep(0.01)
+            first = await busy(batcher, 0)
             assert batcher.busy > 0
             given_up, last = (asyncio.create_task(batcher.submit([i])) for i in (1, 2))
             await asyncio.sleep(0)
             given_up.cancel()
             await asyncio.sleep(0.01)
             assert len(batcher) == 1  # its place is free at once
+            model.gate.set()
             await asyncio.gather(first, last)
             assert batcher.busy == 0
 

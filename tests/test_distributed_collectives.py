@@ -15,6 +15,7 @@ from bigmodel_course.distributed import ring
 from bigmodel_course.distributed.launch import launch
 from bigmodel_course.distributed.team import Team, team
 
+PATIENCE = 400.0  # seconds: a busy machine is not a fault
 WORLDS = [1, 2, 3, 4, 5]
 LENGTHS = [0, 1, 2, 3, 7, 12, 101]  # fewer than the ranks, as many, more, divisible and not
 EXACT = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool]
@@ -220,7 +221,7 @@ def everything():
 @cache
 def results(size):
     """From every rank, in one launch a world size."""
-    return launch(everything, size, timeout=240)
+    return launch(everything, size, timeout=PATIENCE)
 
 
 def worst(size, *keys):
@@ -360,7 +361,7 @@ def others(length):
     bound=0.001,
 )
 def test_torch_s_all_reduce_sends_as_many_bytes_as_ours(seen):
-    for rank, (wire, payload) in enumerate(launch(others, 4, 1_000_000)):
+    for rank, (wire, payload) in enumerate(launch(others, 4, 1_000_000, timeout=PATIENCE)):
         assert payload == 0
         seen(abs(wire / costs.all_reduce_bytes(1_000_000, 4)[rank] - 1))
 
@@ -403,7 +404,7 @@ def faults():
 
 @cache
 def said():
-    return launch(faults, 3, timeout=120)
+    return launch(faults, 3, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -462,8 +463,8 @@ def wrong_ones(length):
 
 
 def test_the_comparison_finds_known_faults():
-    assert launch(wrong_ones, 2, 7) == [[0, 1, 1]] * 2
-    assert launch(wrong_ones, 2, 8) == [[0, 0, 1]] * 2  # silent where the ranks divide the length
+    assert launch(wrong_ones, 2, 7, timeout=PATIENCE) == [[0, 1, 1]] * 2
+    assert launch(wrong_ones, 2, 8, timeout=PATIENCE) == [[0, 0, 1]] * 2  # silent where the ranks divide the length
 
 
 def nested(length):
@@ -490,6 +491,6 @@ def nested(length):
     bound=0,
 )
 def test_counts_whoever_sends_and_only_inside_the_block(seen):
-    got = launch(nested, 2, 10)
+    got = launch(nested, 2, 10, timeout=PATIENCE)
     for mine, right in zip(got, ([120, 40, 1], [40, 0, 0]), strict=True):
         seen(max(abs(a - b) for a, b in zip(mine, right, strict=True)))

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -21,12 +22,13 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import shown_by, torchrun_on
+from hosts import end_all, shown_by, torchrun_on
 
+from bigmodel_course import forkserver as starter
 from bigmodel_course.distributed import processes
 from bigmodel_course.distributed.launch import RankError, device, launch
 
-PATIENCE = 120.0  # seconds: a busy machine is not a fault
+PATIENCE = 240.0  # seconds: a busy machine is not a fault
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,24 +38,88 @@ def warm():
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(warm):
-    """After every test: no process, open file, thread, socket or shared memory more than before."""
+def nothing_left(warm, monkeypatch):
+    """After every test: no process, open file, thread, socket or shared memory more than before.
 
-    def held():
-        gc.collect()
-        me = psutil.Process()
-        shared = {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").exists() else set()
-        sockets = sorted(str(c.laddr) for c in me.net_connections(kind="inet"))
-        kept = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
-        ranks = [child for child in me.children(recursive=True) if child.pid not in kept]
-        return ranks, me.num_fds(), me.num_threads(), sockets, shared
+    Other tests of this process may have left some that go away meanwhile, and those of other processes make shared
+    memory of their own: only what is new is a fault, and only what belongs to this process and its ranks.
+    """
+    ours, start = {os.getpid()}, starter.start
 
-    before = held()
+    def noted(process):
+        start(process)
+        ours.add(process.pid)
+
+    monkeypatch.setattr(starter, "start", noted)
+    before = held(ours)
     yield
-    deadline = time.monotonic() + 10
-    while (after := held()) != before and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30
+    while (more := held(ours) - before) and time.monotonic() < deadline:
         time.sleep(0.05)  # the kernel may still be closing what was killed
-    assert after == before
+    assert not more
+
+
+def held(ours: set[int]) -> Counter:
+    """What this process holds, and the shared memory that it or a rank of it made: `ours` are their numbers."""
+    gc.collect()
+    me = psutil.Process()
+    kept = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    found = Counter({"open files": me.num_fds(), "threads": me.num_threads()})
+    found.update(child for child in me.children(recursive=True) if child.pid not in kept)
+    found.update(f"socket {c.laddr}" for c in me.net_connections(kind="inet"))
+    found.update(f"shared memory {name}" for name in shared_memory(ours))
+    return found
+
+
+def shared_memory(ours: set[int]) -> set[str]:
+    """What this process has in its memory, and what torch named after one of `ours`, which may be dead."""
+    if not Path("/dev/shm").exists():
+        return set()
+    named = {path.name for path in Path("/dev/shm").iterdir() if any(f"_{pid}_" in path.name for pid in ours)}
+    return named | set(re.findall(r" /dev/shm/(.*)", Path("/proc/self/maps").read_text()))
+
+
+@pytest.fixture
+def all_are_heard(monkeypatch):
+    """Where every rank reports an error, wait for all of them: on a busy machine they come one after the other."""
+    for name in ("LINGER", "ECHO"):
+        monkeypatch.setattr(f"bigmodel_course.distributed.launch.{name}", PATIENCE)
+
+
+@pytest.fixture
+def marked(monkeypatch, tmp_path):
+    """`marked(body)` for ranks that hang: their time is not over before each of them has come to where it does."""
+    listen = processes.listen
+
+    def until_all_hang(ranks, deadline, *, until):
+        listen(ranks, deadline, until=until)
+        end = time.monotonic() + PATIENCE
+        while not until() and time.monotonic() < end:
+            there = all(each.report or hangs(each.process.pid, tmp_path / f"mark{each.number}") for each in ranks)
+            listen(ranks, time.monotonic() + 0.2, until=until)  # once more: a rank may have returned meanwhile
+            if there:
+                break
+
+    def mark(body):
+        def marks_and_runs():
+            (tmp_path / f"mark{dist.get_rank()}").write_text(f"{time.process_time()}\n")
+            return body()
+
+        return marks_and_runs
+
+    monkeypatch.setattr(processes, "listen", until_all_hang)
+    return mark
+
+
+def hangs(pid: int, mark: Path) -> bool:
+    """Has it written its mark, and sleeps since, or has been busy for a while?"""
+    if not mark.exists() or not (text := mark.read_text()).endswith("\n"):
+        return False
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        busy = sum(process.cpu_times()[:2]) - float(text)
+        return process.status() in (psutil.STATUS_SLEEPING, psutil.STATUS_STOPPED) or busy > 0.2
+    return True
 
 
 def everything_of(rank_: int) -> str:
@@ -208,15 +274,17 @@ ENDINGS = [  # what rank 1 does, the time-out, what the message must say
     on="raise, exit, SIGKILL, SIGTERM, SIGSEGV, hangs; 3 processes, the others wait in a collective",
 )
 @pytest.mark.parametrize(("ending", "timeout", "says"), ENDINGS)
-def test_a_rank_that_does_not_return_ends_all_in_one_error_that_names_it(ending, timeout, says):
+def test_a_rank_that_does_not_return_ends_all_in_one_error_that_names_it(ending, timeout, says, marked, monkeypatch):
+    monkeypatch.setattr("bigmodel_course.distributed.launch.ECHO", PATIENCE)  # an echo may come long before its cause
+
     def body():
         ending() if dist.get_rank() == 1 else meet()
 
     start, sockets = time.monotonic(), len(psutil.Process().net_connections())
     with pytest.raises(RankError) as caught:
-        launch(body, 3, timeout=timeout)
+        launch(marked(body), 3, timeout=timeout)
     assert len(psutil.Process().net_connections()) <= sockets  # also while the error, as in a notebook, is kept
-    assert time.monotonic() - start < timeout + 60
+    assert time.monotonic() - start < timeout + PATIENCE  # none of them waits for ever
     message = str(caught.value)
     assert caught.value.rank == 1
     assert re.search(says, message), message
@@ -230,7 +298,7 @@ def test_a_rank_that_does_not_return_ends_all_in_one_error_that_names_it(ending,
     against="one error that names the rank",
     on="arguments, functions and results that cannot be pickled or read back; wrong arguments",
 )
-def test_what_cannot_be_pickled_is_named():
+def test_what_cannot_be_pickled_is_named(all_are_heard):
     with pytest.raises(TypeError, match=r"must be picklable to reach the ranks, got print\(int, generator\)"):
         launch(print, 2, 1, (i for i in range(3)))
     with pytest.raises(
@@ -275,7 +343,7 @@ def test_wrong_arguments_are_refused_before_anything_starts(arguments, options, 
         launch(*arguments, **options)
 
 
-def test_of_several_errors_the_lowest_ranks_is_told():
+def test_of_several_errors_the_lowest_ranks_is_told(all_are_heard):
     def body():
         raise KeyError(dist.get_rank())
 
@@ -284,15 +352,16 @@ def test_of_several_errors_the_lowest_ranks_is_told():
             launch(body, 4, timeout=PATIENCE)
 
 
-def test_the_cause_is_told_and_not_its_echo():
+def test_the_cause_is_told_and_not_its_echo(monkeypatch):
     """Rank 0 hears of the death through its broken connection, and says so first."""
+    monkeypatch.setattr("bigmodel_course.distributed.launch.ECHO", PATIENCE)
 
     def body():
         if dist.get_rank() == 2:
+            time.sleep(0.5)  # the cause comes last; it would be told if it came first, too
             raise ValueError("the cause")
         if dist.get_rank() == 1:
-            time.sleep(0.5)
-            os._exit(7)
+            sleeps()
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
     with pytest.raises(RankError, match="rank 2 of 3 raised ValueError: the cause"):
@@ -358,9 +427,9 @@ def test_ranks_that_disagree_are_told_who_calls_what(body, says):
 
 
 @pytest.mark.parametrize("body", [one_returns, other_kinds, other_shapes])
-def test_without_the_check_ranks_that_disagree_are_told_where_they_stand(body):
+def test_without_the_check_ranks_that_disagree_are_told_where_they_stand(body, marked):
     with pytest.raises(RankError, match="The ranks may disagree on what comes next") as caught:
-        launch(body, 2, timeout=1.5)
+        launch(marked(body), 2, timeout=1.5)
     assert "in meet" in str(caught.value) or "in other_shapes" in str(caught.value)
 
 
@@ -417,10 +486,11 @@ def test_200_launches_leave_nothing_behind():
 def test_only_this_machine_can_reach_the_ranks():
     def body(parent):
         meet()
-        return [c.laddr.ip for pid in (parent, os.getpid()) for c in psutil.Process(pid).net_connections(kind="inet")]
+        return [c.laddr for pid in (parent, os.getpid()) for c in psutil.Process(pid).net_connections(kind="inet")]
 
-    addresses = {address for found in launch(body, 2, os.getpid(), timeout=PATIENCE) for address in found}
-    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
+    others = {c.laddr for c in psutil.Process().net_connections(kind="inet")}  # of tests that ran before
+    found = {address for addresses in launch(body, 2, os.getpid(), timeout=PATIENCE) for address in addresses}
+    assert {address.ip.removeprefix("::ffff:") for address in found - others} == {"127.0.0.1"}
 
 
 def test_children_of_a_rank_end_with_it(tmp_path):
@@ -460,26 +530,49 @@ def test_an_interrupted_cell_ends_its_ranks(tmp_path):
         (tmp_path / str(dist.get_rank())).write_text(str(os.getpid()))
         sleeps()
 
+    over = threading.Event()  # or a launch that fails would leave the helper waiting, and the next test interrupted
+
     def interrupt():
         while sum(bool(path.read_text()) for path in tmp_path.iterdir()) < 2:  # a file is there before its number is
-            time.sleep(0.02)
+            if over.wait(0.02):
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     helper = threading.Thread(target=interrupt)
     helper.start()
-    with pytest.raises(KeyboardInterrupt):
-        launch(body, 2, timeout=PATIENCE)
-    helper.join()
-    assert gone([int(path.read_text()) for path in tmp_path.iterdir()], seconds=1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(body, 2, timeout=PATIENCE)
+    finally:
+        over.set()
+        helper.join()
+    assert gone([int(path.read_text()) for path in tmp_path.iterdir()])
+
+
+def test_a_rank_ends_when_its_start_is_interrupted(monkeypatch):
+    begun, start = [], starter.start
+
+    def interrupted(process):
+        start(process)
+        begun.append(process.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(starter, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it, and with it what its frames hold
+        launch(dist.get_rank, 2, timeout=PATIENCE)
+    assert gone(begun), kept
+    assert len(begun) == 1
 
 
 def test_a_killed_server_is_started_again():
-    server = forkserver._forkserver._forkserver_pid
-    os.kill(server, signal.SIGKILL)
+    killed = forkserver._forkserver._forkserver_pid
+    os.kill(killed, signal.SIGKILL)
     assert launch(dist.get_rank, 2, timeout=PATIENCE) == [0, 1]
-    assert forkserver._forkserver._forkserver_pid != server
+    server = forkserver._forkserver._forkserver_pid
+    assert server != killed
     with pytest.raises(RankError, match=r"rank [01] of 2 (was ended by SIGKILL|ended with exit code 255)"):
-        launch(lambda: (os.kill(os.getppid(), signal.SIGKILL), sleeps()), 2, timeout=PATIENCE)
+        # Not os.getppid(): once the server is dead, that is another process.
+        launch(lambda: (os.kill(server, signal.SIGKILL), sleeps()), 2, timeout=PATIENCE)
     assert launch(dist.get_rank, 2, timeout=PATIENCE) == [0, 1]
 
 
@@ -496,6 +589,15 @@ def run_script(folder: Path, text: str, *command: str) -> subprocess.Popen:
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command, str(script)], env=environment, cwd=folder, **pipes)
+
+
+def shown_by_script(script: subprocess.Popen) -> str:
+    """All that it prints until it ends; it does not stay if it takes too long."""
+    try:
+        return script.communicate(timeout=PATIENCE)[0]
+    finally:
+        end_all(script)
+        script.wait()
 
 
 def test_a_script_without_a_main_guard_runs_once_and_its_ranks_end_when_it_is_killed(tmp_path):
@@ -518,18 +620,20 @@ def test_a_script_without_a_main_guard_runs_once_and_its_ranks_end_when_it_is_ki
                 file.write(str(os.getpid()))
             time.sleep(1000)
 
-        print(launch(body, 2, timeout=120), flush=True)
+        print(launch(body, 2, timeout=240), flush=True)
         launch(hang, 2, timeout=1000)
         """,
     )
     deadline = time.monotonic() + PATIENCE
-    while not all((file := tmp_path / f"pid{n}").exists() and file.read_text() for n in range(2)):
-        assert script.poll() is None, script.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    everything = [child.pid for child in psutil.Process(script.pid).children(recursive=True)]
-    script.kill()
-    assert script.communicate(timeout=PATIENCE)[0] == "the script runs\n[5, 6]\n"
+    try:
+        while not all((file := tmp_path / f"pid{n}").exists() and file.read_text() for n in range(2)):
+            assert script.poll() is None, script.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        everything = [child.pid for child in psutil.Process(script.pid).children(recursive=True)]
+    finally:
+        script.kill()
+    assert shown_by_script(script) == "the script runs\n[5, 6]\n"
     assert gone([*everything, *(int((tmp_path / f"pid{n}").read_text()) for n in range(2))])
 
 
@@ -548,11 +652,11 @@ def test_in_a_notebook_functions_may_stand_in_cells_and_errors_name_the_cell(tmp
             if wrong:
                 raise ValueError("seven")
             return dist.get_rank() + offset""", store_history=True)
-        shell.run_cell("print(launch(body, 2, False, timeout=120))", store_history=True)
-        shell.run_cell("launch(body, 2, True, timeout=120)", store_history=True)
+        shell.run_cell("print(launch(body, 2, False, timeout=240))", store_history=True)
+        shell.run_cell("launch(body, 2, True, timeout=240)", store_history=True)
         ''',
     )
-    shown = script.communicate(timeout=PATIENCE)[0]
+    shown = shown_by_script(script)
     assert script.returncode == 0, shown
     error = '  Cell In[2], line 3, in body\n    raise ValueError("seven")'
     assert shown == f"[tensor(5), tensor(6)]\nRankError: rank 0 of 2 raised ValueError: seven\n{error}\n"
@@ -595,7 +699,7 @@ def test_under_torchrun_the_same_script_is_one_rank_of_the_group(tmp_path, seen)
     script = run_script(
         tmp_path, UNDER_TORCHRUN, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     )
-    shown = script.communicate(timeout=PATIENCE)[0]
+    shown = shown_by_script(script)
     assert script.returncode == 0, shown
     for number in range(2):
         results = json.loads((tmp_path / f"results{number}").read_text())

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -104,7 +105,7 @@ def test_the_set_up_accepts_the_pythons_that_the_project_allows():
 
 @pytest.mark.parametrize("version", [(3, 10, 13), (3, 14, 0)])
 def test_a_wrong_python_is_told_which_one_to_use(monkeypatch, version):
-    monkeypatch.setattr(environment.sys, "version_info", version)
+    monkeypatch.setattr(environment, "sys", SimpleNamespace(version_info=version))
     have = ".".join(map(str, version))
     with pytest.raises(environment.SetupError, match=rf"needs Python 3.11 to 3.13 and this is {have}: install one and"):
         environment.check_python()
@@ -128,7 +129,7 @@ def copy_of_the_project(folder: Path) -> Path:
 
 def set_up(folder: Path, *names: str, **extra: str) -> subprocess.CompletedProcess:
     command = [sys._base_executable, "tools/environment.py", *names]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env={**os.environ, **extra}, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("name", environment.ENVIRONMENTS)
@@ -136,7 +137,8 @@ def test_without_a_network_one_sentence_says_so_and_nothing_looks_finished(tmp_p
     folder, made = copy_of_the_project(tmp_path), environment.ENVIRONMENTS[name]
     (folder / made.lock).write_text("a-package-that-no-disk-has==1.0\n")
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
-    result = set_up(folder, name, **nowhere, PIP_EXTRA_INDEX_URL="", PIP_FIND_LINKS="")
+    nowhere |= {"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    result = set_up(folder, name, **nowhere)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "The package index cannot be reached: connect to the network and run the command again." in result.stderr

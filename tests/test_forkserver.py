@@ -53,7 +53,7 @@ def test_the_callers_script_is_not_run_again(tmp_path):
         "process.join()\n"
         "print('ended with', process.exitcode)\n"
     )
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == ["the script runs", "ended with 0"], done.stderr
 
 

@@ -96,7 +96,8 @@ def test_the_same_outputs_with_two_threads_under_plain_nbval(path):
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
     threads["OMP_WAIT_POLICY"] = "PASSIVE"  # two tests share two cores: a waiting thread must not burn the other's
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TQDM_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--nbval", str(path)]
-    run = subprocess.run(command, cwd=ROOT, env={**clean, **threads}, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-4000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command += ["-p", "tools.patient_nbval", "--nbval", "--nbval-cell-timeout=900", str(path)]
+    run = subprocess.run(command, cwd=ROOT, env={**clean, **threads}, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert f"{len(code(path))} passed" in run.stdout

@@ -126,4 +126,6 @@ def inside_a_group() -> str:
 
 
 def test_refuses_to_run_where_a_process_group_exists():
-    assert launch(inside_a_group, 1) == ["simulate makes a process group of its own: call it where none exists"]
+    assert launch(inside_a_group, 1, timeout=500) == [
+        "simulate makes a process group of its own: call it where none exists"
+    ]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from hosts import shown_by, torchrun_on
+from hosts import end_all, shown_by, torchrun_on
 
 from bigmodel_course import corpus, train
 from bigmodel_course.checkpoint import CheckpointError
@@ -55,9 +56,20 @@ def plain(settings: train.Settings) -> dict[str, torch.Tensor]:
 
 
 def difference(mine: dict, theirs: dict) -> float:
-    """The largest relative L2 difference of any tensor."""
+    """The largest relative L2 difference of any tensor.
+
+    The keys' bias is left out: it adds the same to all scores of a query, so that its gradient is 0 but for rounding.
+    Adam makes a step of that rounding, another one on each machine.
+    """
     assert mine.keys() == theirs.keys()
-    return max(float((mine[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-8)) for name in mine)
+
+    def apart(name: str) -> float:
+        a, b = mine[name], theirs[name]
+        if name.endswith("qkv.bias"):
+            a, b = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (a, b))
+        return float((a - b).norm() / b.norm().clamp_min(1e-8))
+
+    return max(map(apart, mine))
 
 
 VARIANTS = {
@@ -73,8 +85,8 @@ VARIANTS = {
     "train.recompute_blocks_",
     kind="equals one process",
     against="a plain loop with torch.optim.AdamW and clip_grad_norm_",
-    on="6 steps of a 1M GPT on real text; 1 and 2 ranks, ZeRO-1 and -3, two parts, recomputation; relative",
-    bound=2e-4,
+    on="6 steps of a 1M GPT on real text; 1 and 2 ranks, ZeRO-1 and -3, two parts, recomputation; relative, but for the keys' bias",
+    bound=1e-5,
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_ends_where_a_plain_loop_ends(settings, variant, seen):
@@ -107,8 +119,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(settings, tmp_path, seen):
     "train.train",
     kind="recovery",
     against="the run on 2 ranks that was not interrupted",
-    on="begun on 2 ranks, finished on 1; relative",
-    bound=2e-4,
+    on="begun on 2 ranks, finished on 1; relative, but for the keys' bias",
+    bound=1e-5,
 )
 def test_a_run_goes_on_with_another_number_of_ranks(settings, tmp_path, seen):
     whole = replace(settings, checkpoints=str(tmp_path / "whole"))
@@ -124,24 +136,44 @@ def command(settings: train.Settings, log: Path) -> list[str]:
     return ["-m", "bigmodel_course.train", *(word for pair in given.items() for word in pair)]
 
 
-def torchrun(settings: train.Settings, log: Path) -> subprocess.Popen:
+PAUSING = """
+import os, time
+from bigmodel_course import train
+
+add, first_life = train._Log.add, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+def add_and_wait(self, step, loss):
+    add(self, step, loss)
+    if step == 12 and first_life and os.environ["RANK"] == "0":
+        time.sleep(1000)
+
+train._Log.add = add_and_wait
+train.main()
+"""  # the command, but its rank 0 waits after step 12 until it is ended: however slow the test is, it comes in time
+
+
+def torchrun(settings: train.Settings, log: Path, script: Path) -> subprocess.Popen:
+    script.write_text(PAUSING)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
-    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *command(settings, log)]
+    run += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *command(settings, log)[2:]]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     return subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def steps(log: Path) -> list[int]:
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [line["step"] for line in map(json.loads, lines) if "step" in line]
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = (json.loads(line) for line in lines if line.endswith("\n"))  # the last one may be half written
+    return [line["step"] for line in whole if "step" in line]
 
 
-def kill_rank(agent: subprocess.Popen, rank: int) -> None:
+def kill_rank(agent: subprocess.Popen, rank: int, script: Path) -> None:
     """SIGKILL to the process of that rank, among the agent's children."""
     for child in psutil.Process(agent.pid).children(recursive=True):
-        if "bigmodel_course.train" in child.cmdline() and child.environ().get("RANK") == str(rank):
-            os.kill(child.pid, signal.SIGKILL)
-            return
+        with suppress(psutil.Error):  # one that ends while we look
+            if str(script) in child.cmdline() and child.environ().get("RANK") == str(rank):
+                os.kill(child.pid, signal.SIGKILL)
+                return
     pytest.fail(f"no process of rank {rank}")
 
 
@@ -155,21 +187,21 @@ def kill_rank(agent: subprocess.Popen, rank: int) -> None:
 )
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_rank_under_torchrun_costs_no_bit(settings, tmp_path, seen):
-    settings = replace(settings, steps=40, save_every=5)
+    settings = replace(settings, steps=20, save_every=5)
     whole = replace(settings, checkpoints=str(tmp_path / "whole"))
     launch(train.train, 2, whole, timeout=500)
-    log = tmp_path / "log.jsonl"
-    with torchrun(settings, log) as agent:
+    log, script = tmp_path / "log.jsonl", tmp_path / "pausing.py"
+    with torchrun(settings, log, script) as agent:
         try:
             deadline = time.monotonic() + 240
             while max(steps(log), default=0) < 12 and agent.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
-            kill_rank(agent, 1)
+            kill_rank(agent, 1, script)
             out, err = agent.communicate(timeout=400)
         finally:
-            agent.kill()
+            end_all(agent)
     assert agent.returncode == 0, err[-2000:]
-    assert json.loads(out.splitlines()[-1])["step"] == 40
+    assert json.loads(out.splitlines()[-1])["step"] == settings.steps
     begun = [line["from_step"] for line in map(json.loads, log.read_text().splitlines()) if "from_step" in line]
     assert begun[0] == 0
     assert begun[-1] >= 10

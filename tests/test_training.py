@@ -310,11 +310,12 @@ def test_what_watches_a_run_does_not_change_it(tmp_path, seen):
     plain, _ = trained()
     seen((trained(checkpoints=Checkpoints(tmp_path / "c"))[0] - plain).abs().max())
     seen((trained(progress=False)[0] - plain).abs().max())
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         seen((trained()[0] - plain).abs().max())
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.verifies(

@@ -200,11 +200,12 @@ def test_a_head_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("model", "layers", "head"),
     [
-        (digit_model(generator=generator()), costs.mlp((64, 128, 10)), "layers.2"),
-        (SmallCNN(generator=generator()), costs.small_cnn(), "layers.5"),
+        (digit_model, costs.mlp((64, 128, 10)), "layers.2"),
+        (SmallCNN, costs.small_cnn(), "layers.5"),
     ],
 )
 def test_trained_parameters_are_as_predicted(model, layers, head, seen):
+    model = model(generator=generator())
     seen(abs(trained_parameters(model) - costs.total(layers).parameters))
     freeze_(model, keep=[head])
     seen(abs(trained_parameters(model) - layers[-1].parameters))

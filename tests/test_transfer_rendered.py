@@ -31,7 +31,7 @@ def test_fonts_are_found_without_importing_matplotlib():
         "import sys; from bigmodel_course.transfer.rendered import font_digits, font_files; font_files();"
         "print('matplotlib' in sys.modules)"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=900)
     assert run.stdout.strip() == "False", run.stderr
     assert len({ImageFont.truetype(path).getname() for path in font_files()}) == len(FONTS) == 20
 

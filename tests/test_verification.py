@@ -22,7 +22,7 @@ def verified_names(tmp_path_factory) -> set[str]:
     listing = tmp_path_factory.mktemp("names") / "names.json"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", str(TESTS)]
     environment = {**os.environ, "LIST_VERIFIED_NAMES": str(listing)}
-    subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, check=True, timeout=300)
+    subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, check=True, timeout=1800)
     return set(json.loads(listing.read_text()))
 
 

@@ -22,7 +22,7 @@ def draw(random: random.Random) -> dict[str, object]:
 
 
 def _bowl(random: random.Random) -> dict[str, object]:
-    """A bowl and a target for which every usual mistake gives another batch than the right answer."""
+    """A bowl and a target for which every usual mistake gives another batch than the right answer, rounding too."""
     while True:
         curvatures = sorted(round(base * random.uniform(0.7, 1.4), 2) for base in (0.4, 1.5, 6.0, 25.0))
         variances = [round(base * random.uniform(0.7, 1.4), 1) for base in (3.0, 8.0, 20.0, 45.0)]
@@ -36,5 +36,5 @@ def _bowl(random: random.Random) -> dict[str, object]:
             sum(rate * v / 4 for v in variances) / target,
             sum(2 * floor / c for floor, c in zip(floors, curvatures, strict=True)) / target,
         ]
-        if len({math.ceil(need) for need in needs}) == len(needs) and 0.1 < needs[0] % 1 < 0.9:
+        if len({math.ceil(need) for need in needs}) == len(needs) and 0.1 < needs[0] % 1 < 0.45:
             return {"curvatures": curvatures, "variances": variances, "share": share, "target": target}

@@ -26,13 +26,14 @@ def _plan(random: random.Random) -> dict[str, object] | None:
     memory, activations = random.choice((16, 24, 32, 40, 48)), random.randrange(20, 200) / 10
     cut = parameters / (tensor * stages) / 1e9
 
-    def smallest(whole: float, divided: float, needed: float, step: int = 1) -> int:
-        """The fewest data ranks that fit; with `step` 0 they need not divide the batch."""
-        room = memory - needed - whole * cut
+    def smallest(whole: float, divided: float, needed: float, step: int = 1, gb: float = 1.0) -> int:
+        """The fewest data ranks that fit; with `step` 0 they need not divide the batch; `gb` is in 10⁹ bytes."""
+        room = (memory - needed) * gb - whole * cut
         fitting = (n for n in range(1, batch + 1) if divided * cut / n <= room and (not step or batch % n == 0))
         return next(fitting, batch)
 
     slips = [smallest(4, 12, 0), smallest(4, 12, activations, 0), smallest(0, 16, activations)]
+    slips.append(smallest(4, 12, activations, gb=2**30 / 1e9))
     found = [smallest(4, 12, activations), *slips, smallest(4, 8, activations)]
     if len(set(found)) < len(found) or found[0] > 16 or batch // found[0] < 2 * stages:
         return None

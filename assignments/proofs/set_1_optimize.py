@@ -83,6 +83,7 @@ WRONG = {
         Wrong("", "return 2 *", "return 2 * len(x) *"),
     ],
     "noise_budget": [
+        Wrong("Rounded down, or to the nearest", "math.ceil", "round"),
         Wrong("1/λmax is half of the stability limit", "share * 2 /", "share /"),
         Wrong("The steepest direction leaves first", "max(curvatures)", "min(curvatures)"),
         Wrong("Directions do not add up for stability", "max(curvatures)", "sum(curvatures)"),
@@ -94,7 +95,7 @@ WRONG = {
         Wrong("That is the floor of the squared error", "(2 * (2 - rate * c))", "(c * (2 - rate * c))"),
         Wrong("A factor 2: the loss of a direction", "(2 * (2 - rate * c))", "(2 - rate * c)"),
         Wrong("ηv/4 holds for small rates only", "(2 * (2 - rate * c))", "4"),
-        Wrong("Rounded down, the floor is above", "math.ceil", "int"),
+        Wrong("Rounded down, or to the nearest", "math.ceil", "int"),
         Wrong("A batch is a whole number", "math.ceil(alone / target)", "alone / target"),
         Wrong("The loss is a square", "alone / target", "(alone / target) ** 2"),
         Wrong("That is the mean over the directions", "alone / target", "alone / len(curvatures) / target"),
@@ -167,6 +168,7 @@ def adamax(p, gradients, rates, decay, betas):
         ),
     ],
     "cheapest_threshold": [
+        Wrong("Of several that cost the same you take", "sorted(probability.tolist())", "probability.tolist()"),
         Wrong("0.5 is a habit", "sorted(probability.tolist())", "[0.5]"),
         Wrong("The costs are exchanged", "best = None\n", "best = None\n    missed, alarm = alarm, missed\n"),
         Wrong(

@@ -71,6 +71,7 @@ def stored_teacher_loss(student, values, classes, y, T, soft):
 
 WRONG = {
     "sparse_bytes": [
+        Wrong("The largest *whole* number", "(room - 1) //", "room //"),
         Wrong(
             "CSR also stores where each row begins",
             source="""
@@ -112,12 +113,13 @@ pays_up_to = (value_bytes * rows * columns - 1) // (value_bytes + 2 * index_byte
         Wrong("The bits only say where", " + kept * value_bytes\nroom", "\nroom"),
         Wrong("The short formula forgets", "(room - 1) //", "value_bytes * rows * columns //"),
         Wrong("One too many", "(room - 1) // (value_bytes + index_bytes)", "room // (value_bytes + index_bytes) + 1"),
-        Wrong("A number of values is whole", "(room - 1) //", "room /"),
+        Wrong("The largest *whole* number", "(room - 1) //", "room /"),
         Wrong("That is a density", "(room - 1) // (value_bytes", "room / (rows * columns) / (value_bytes"),
         Wrong("", source="csr_bytes, mask_bytes, pays_up_to = 44, 26, 8"),
         Wrong("", "kept * (value_bytes + index_bytes) +", "2 * kept * (value_bytes + index_bytes) +"),
     ],
     "group_mask": [
+        Wrong("The right weights, but as numbers", ".view(weight.shape)", ".view(weight.shape).double()"),
         Wrong("By size alone", "h * weight**2", "weight**2"),
         Wrong("By the inputs alone", "h * weight**2", "h.expand_as(weight)"),
         Wrong("h is a mean square already", "h * weight**2", "h * weight.abs()"),
@@ -170,6 +172,7 @@ def group_mask(weight, h, keep, of):
         Wrong("", "rank < keep", "rank <= keep"),
     ],
     "half_bytes": [
+        Wrong("The numbers are right, but each takes more", "packed.to(torch.uint8)", "packed"),
         Wrong("One scale a row", "amax(dim=2)", "amax(dim=(1, 2))[:, None].repeat(1, grouped.shape[1])"),
         Wrong(
             "One scale for the whole matrix",

@@ -86,6 +86,7 @@ def best_adapter(before, after, rank, alpha):
 
 WRONG = {
     "nearest_mean": [
+        Wrong("`std` divides by K − 1", "correction=0", "correction=1"),
         Wrong("Put the features on one scale", "known, new = (known - centre) / size, (new - centre) / size", "pass"),
         Wrong(
             "The scale comes from the known pictures: new",
@@ -121,6 +122,7 @@ WRONG = {
         Wrong("", source="def nearest_mean(known, labels, new):\n    return torch.full((len(new),), 7)"),
     ],
     "believable": [
+        Wrong("The number of ranges is an argument", "def error(t):", "def error(t, bins=10):"),
         Wrong("You chose T by the ECE", "key=loss", "key=error"),
         Wrong(
             "The accuracy is the same",

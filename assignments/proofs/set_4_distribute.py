@@ -271,6 +271,7 @@ def to_read(length, old, new, me):
         Wrong("", source="def to_read(length, old, new, me):\n    return [(1, 1, 3), (2, 0, 2)]\n"),
     ],
     "attend": [
+        Wrong("Your maximum begins at 0", "scores.amax(dim=1)", "scores.amax(dim=1).clamp(min=0)"),
         Wrong("exp overflows", '    top = yield "max", scores.amax(dim=1)\n', "    top = torch.zeros(len(q))\n"),
         Wrong(
             "Each rank subtracts its own largest score",
@@ -318,6 +319,9 @@ def attend(q, k, v):
         Wrong("", "scores.amax(dim=1)", "scores.amin(dim=1)"),
     ],
     "plan": [
+        Wrong(
+            "A GB is 10⁹ bytes", source=plan(fits="cut * (4 + 12 / n) + activations_gb * 2**30 <= memory_gb * 2**30")
+        ),
         Wrong("It fits only without activations", source=plan(fits="cut * (4 + 12 / n) <= memory_gb * 1e9")),
         Wrong(
             "The batch cannot be shared out",

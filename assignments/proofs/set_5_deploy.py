@@ -86,6 +86,9 @@ MINUTES = "(1 - enough) * 30 * 24 * 60"
 
 WRONG = {
     "int8_linear": [
+        Wrong("`zero` is rounded to the nearest", "zero = round(-low / scale)", "zero = int(-low / scale)"),
+        Wrong("Keep the codes within 0", "np.clip(np.round(x / scale) + zero, 0, 255)", "(np.round(x / scale) + zero)"),
+        Wrong("Round `x / scale` first", "np.round(x / scale) + zero", "np.round(x / scale - low / scale)"),
         Wrong(
             "The range must hold 0", "low, high = min(x.min(), 0.0), max(x.max(), 0.0)", "low, high = x.min(), x.max()"
         ),
@@ -130,6 +133,7 @@ def int8_linear(x, codes, scales, bias):
         ),
     ],
     "slowest_of": [
+        Wrong("The share may be reached exactly", "** parts < share", "** parts <= share"),
         Wrong("That is one replica's percentile", "(count / len(ordered)) ** parts", "count / len(ordered)"),
         Wrong("The other way round", "(count / len(ordered)) ** parts", "(count / len(ordered)) ** (1 / parts)"),
         Wrong(

@@ -95,6 +95,7 @@ settled = {EITHER}
 
 WRONG = {
     "printed_optimum": [
+        Wrong("Where does s reach 1?", "1 / (1 + math.exp(-1))", "0.75"),
         Wrong("That is what the repaired model says", S, f"    return q, {ENTROPY}"),
         Wrong("The output is right. Where s stops at an end", S, f"    return s, {ENTROPY}"),
         Wrong("That is σ(s)", S, S.replace("return s", "return 1 / (1 + math.exp(-s))")),
@@ -171,6 +172,7 @@ def to_bits(x, bits):
         Wrong("", source="def to_bits(x, bits):\n    return torch.tensor([4, -7], dtype=torch.int8), -3\n"),
     ],
     "counterexamples": [
+        Wrong("", "100.5 * threshold", "1000.0"),
         Wrong(
             "The weights of `removed` are spread widely",
             "torch.full((8, 8), 100.5 * threshold)",
@@ -247,6 +249,7 @@ def to_bits(x, bits):
         Wrong("", source="worst_step, worst_factor, settled = 12, 6.5, 1750\n"),
     ],
     "audit": [
+        Wrong("Digits belong to a title", "c.isalnum()", "c.isalpha()"),
         Wrong("You compare titles letter for letter", '"".join(c for c in title.casefold() if c.isalnum())', "title"),
         Wrong(
             "You compare with the catalogue letter for letter",

@@ -16,13 +16,17 @@ SECONDS = 10.0  # of the student's own computing, where a test does not say
 
 @dataclass(frozen=True)
 class Problem:
-    """One question: the source of its answer and of its test, its points and its time limit in seconds."""
+    """One question: the source of its answer and of its test, its points, its time limit in seconds.
+
+    `forbids` are names that an answer may not use, such as that of the library function that is the answer.
+    """
 
     name: str
     answer: str
     test: str
     points: int
     seconds: float
+    forbids: tuple[str, ...] = ()
 
     def defines(self) -> set[str]:
         """The names that `answer` defines at its top level; of a student's answer a test gets these, and no other."""
@@ -33,6 +37,15 @@ class Problem:
             elif isinstance(line, (ast.Assign, ast.AnnAssign)):
                 names |= {part.id for part in ast.walk(line) if isinstance(part, ast.Name) and _is_target(part)}
         return names
+
+    def refuses(self, answer: str) -> list[str]:
+        """Which of the forbidden names the source `answer` takes from elsewhere: as attribute, import or argument."""
+        used: set[str] = set()
+        for part in ast.walk(ast.parse(answer, "<your answer>")) if self.forbids else ():
+            used |= set((getattr(part, "module", None) or "").split("."))
+            used |= {getattr(part, "attr", None), getattr(part, "arg", None)}
+            used |= set(part.name.split(".")) if isinstance(part, ast.alias) else set()
+        return sorted(used.intersection(self.forbids))
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ def read_cells(cells: list[Any]) -> ProblemSet:
             test=cell.source,
             points=cell.metadata["nbgrader"]["points"],
             seconds=cell.metadata.get("seconds", SECONDS),
+            forbids=tuple(cell.metadata.get("forbids", ())),
         )
         for name, cell in tests.items()
     ]

@@ -4,11 +4,14 @@ It is started by `stand_in.answered` with a pipe.  The first message brings the 
 student's.  After that it calls what it is asked to call and sends back what comes out.  No hidden test and no right
 answer ever enters this process, so nothing that the student's code does to it can show or change them.
 
-The fence (an audit hook, PEP 578) stops what a homework has no use for.  It is not a jail: a class with attackers in
-it grades inside a container.
+The fence stops what a homework has no use for: an audit hook (PEP 578) says what was refused, and where Linux has
+Landlock the kernel refuses the same to code that asks no hook.  It is not a jail: a class with attackers in it grades
+inside a container.
 """
 
+import _posixsubprocess
 import contextlib
+import ctypes
 import functools
 import inspect
 import os
@@ -16,6 +19,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Callable
@@ -34,13 +38,21 @@ FILE_BYTES = 1 << 20  # of a file in the folder that the process may use, which 
 FORBIDDEN = (
     *("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.kill", "pty.", "socket."),
     *("ctypes.", "os.link", "os.symlink", "os.truncate", "shutil.", "os.chdir", "os.chmod", "os.chown"),
-    *("signal.", "resource.", "webbrowser."),
+    *("signal.", "resource.", "webbrowser.", "sqlite3.connect"),
 )
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir")
+UNHEARD = ((_posixsubprocess, "fork_exec"), (torch, "from_file"), (torch.UntypedStorage, "from_file"))  # by the hook
 LISTS = ("os.listdir", "os.scandir")
 READABLE = (sys.prefix + os.sep, sys.base_prefix + os.sep, "/proc/cpuinfo/", "/proc/meminfo/", os.devnull + os.sep)
+# What C code may read besides: shared libraries, and what they ask of the machine.
+LIBRARIES = (
+    *(sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"),
+    *("/sys/devices/system", "/proc/cpuinfo", "/proc/meminfo", "/dev/urandom"),
+)
 KEPT = ("PATH", "LANG", "LC_ALL")  # of the teacher's environment
 COURSE = "bigmodel_course"
+# Libraries that hold answers or open files and sockets by themselves; the sets allow Python's own, NumPy and torch.
+REFUSED = ("sklearn", "scipy", "onnx", "onnxruntime", "pandas", "zmq")
 COURSE_FOLDER = str(Path(__file__).resolve().parent.parent)
 
 
@@ -78,9 +90,15 @@ class Answer:
             self.reply(lambda request=request: self.do(**request))
 
     def do(self, number: int, arguments: tuple, method: str = "") -> Any:
-        """Call what was kept under `number`, or a method of it."""
+        """Call what was kept under `number`, which must leave its arguments alone, or a method of it."""
         thing = self.kept[number]
-        return getattr(thing, method)(*arguments) if method else thing(*arguments)
+        if method:
+            return getattr(thing, method)(*arguments)
+        before = pack(arguments, _any_number)
+        result = thing(*arguments)
+        if pack(arguments, _any_number) != before:
+            raise ValueError("it changes its arguments: work on a copy of what you are given")
+        return result
 
     def reply(self, work: Callable[[], Any]) -> None:
         """Send what `work` gives, or its error by name."""
@@ -98,12 +116,13 @@ def main(link: Connection, folder: str) -> None:
     answer = Answer(link)
     task = unpack(answer.link.recv_bytes())
     _bound(task["seconds"])
-    _alone(folder)
+    _alone(folder, link.fileno())
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     answer.reply(lambda: exec(compile(task["given"], "<the set's own cells>", "exec"), module.__dict__))
     given = set(vars(module))
     source = unpack(answer.link.recv_bytes())
+    _count(task["seconds"])
     _fence(folder)
 
     def run() -> dict[str, Any]:
@@ -112,6 +131,10 @@ def main(link: Connection, folder: str) -> None:
 
     answer.reply(run)
     answer.serve()
+
+
+def _any_number(_: Any) -> int:
+    return 0
 
 
 def _travels(name: str, value: Any) -> bool:
@@ -129,12 +152,21 @@ def _bound(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(int(10 * seconds) + 60)  # the last rope, for a parent that was killed: it ends a sleeping process too
+    signal.alarm(int(10 * seconds) + 600)  # the last rope, for a parent that was killed: it ends a sleeping process too
 
 
-def _alone(folder: str) -> None:
+def _count(seconds: float) -> None:
+    """From now on the process may compute for `seconds`, whole ones; waiting for a busy machine does not count."""
+    end = int(time.process_time() + seconds) + 1
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (end, end + 1))  # SIGXCPU, and for who ignores it SIGKILL
+
+
+def _alone(folder: str, link: int) -> None:
     """Leave the teacher's folder, environment and streams; what a student prints is not ours to keep."""
     os.setsid()
+    os.closerange(3, link)  # the pipes of the server from which this process was forked, among them
+    os.closerange(link + 1, os.sysconf("SC_OPEN_MAX"))
     os.chdir(folder)
     for name in set(os.environ) - set(KEPT):
         del os.environ[name]
@@ -148,17 +180,51 @@ def _alone(folder: str) -> None:
 
 def _fence(folder: str) -> None:
     """From here on no file but Python's own can be read, nothing written or started, and the course not imported."""
-    for name in [name for name in sys.modules if name.split(".")[0] == COURSE]:
+    for name in [name for name in sys.modules if name.split(".")[0] in (COURSE, *REFUSED)]:
         del sys.modules[name]
     sys.dont_write_bytecode = True
     inspect.getsource(_refuse)  # loads what the first traceback would load
     own = os.path.realpath(folder) + os.sep
+    for place, name in UNHEARD:
+        setattr(place, name, _not_here)
+    if sys.platform == "linux":
+        _landlock(own)
     sys.addaudithook(functools.partial(_refuse, own))
+
+
+def _not_here(*_: Any, **__: Any) -> None:
+    raise PermissionError("an answer may not open files or start programs: it gets data and returns data")
+
+
+def _landlock(own: str) -> None:
+    """Have the kernel refuse to C code too what the hook refuses: `torch.from_file`, SQLite, sockets; see landlock(7).
+
+    Files since Linux 5.13, TCP since 6.7; where there is less, the hook alone must do.
+    """
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    version = call(444, None, 0, 1)  # landlock_create_ruleset(…, LANDLOCK_CREATE_RULESET_VERSION)
+    files = (1 << 15) - 1 if version >= 3 else (1 << 13) - 1  # execute 1, write 2, read 4, list 8, make, remove …
+    rights = (ctypes.c_uint64 * 2)(files, 3 if version >= 4 else 0)  # … and of TCP: bind 1, connect 2
+    rules = call(444, rights, 16 if version >= 4 else 8, 0) if version > 0 else -1
+    if rules < 0:
+        return
+    for path, allowed in ((own, files & ~1), (os.devnull, 6), *((path, 12) for path in LIBRARIES)):
+        with contextlib.suppress(OSError):  # what this machine does not have need not be allowed
+            place = os.open(path, os.O_PATH)
+            some = allowed if os.path.isdir(path) else allowed & 6  # a file cannot be listed
+            beneath = some.to_bytes(8, sys.byteorder) + place.to_bytes(4, sys.byteorder)
+            call(445, rules, 1, beneath, 0)  # landlock_add_rule(…, LANDLOCK_RULE_PATH_BENEATH)
+            os.close(place)
+    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, without which a user may not restrict itself
+    call(446, rules, 0)
+    os.close(rules)
 
 
 def _refuse(own: str, event: str, arguments: tuple) -> None:
     if event == "import" and str(arguments[0]).split(".")[0] == COURSE:
         raise ImportError("the course's own implementation cannot be used in an answer: write it yourself")
+    if event == "import" and str(arguments[0]).split(".")[0] in REFUSED:
+        raise ImportError(f"an answer may use Python's own library, NumPy and torch, and not {arguments[0]}")
     if event.startswith(FORBIDDEN):
         raise PermissionError(f"an answer may not use {event}: it gets data and returns data")
     if event in CHANGES and not all(_inside(path, (own,)) for path in arguments if _is_path(path)):

@@ -42,7 +42,7 @@ def _packed(value: Any, keep: Keep | None) -> Any:
         return {"dict": [[_packed(key, keep), _packed(entry, keep)] for key, entry in value.items()]}
     if isinstance(value, bytes):
         return {"bytes": _text(value)}
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_complex():
         return {"tensor": _text(safetensors.torch.save({"": value.detach().contiguous().cpu()}))}
     if isinstance(value, np.generic):
         return _packed(value.item(), keep)

@@ -11,7 +11,7 @@ from itertools import product
 from bigmodel_course.costs.arguments import positive
 from bigmodel_course.costs.clusters import Cluster, Layout
 from bigmodel_course.costs.pipeline import bubble_fraction
-from bigmodel_course.costs.sharding import held
+from bigmodel_course.costs.sharding import Key, data_traffic, held, tensor_traffic
 from bigmodel_course.costs.transformers import Transformer
 
 __all__ = ["Plan", "activation_bytes", "plan", "search_layouts"]
@@ -24,8 +24,8 @@ WEIGHT, GRADIENT, STATES = 2, 2, 12
 class Plan:
     """What `plan` says of one layout; bytes and seconds are those of the fullest device.
 
-    `memory` by kind in bytes; `traffic` by axis, bytes that a device sends in a step; `seconds` by what the step
-    waits for.
+    `memory` by kind in bytes; `traffic` by (axis, collective), bytes that a device sends in a step; `seconds` by what
+    the step waits for.
     `flops` are the model's, `hardware_flops` those that the devices compute, with what is computed again.
     """
 
@@ -36,7 +36,7 @@ class Plan:
     why: str
     flops: int
     hardware_flops: int
-    traffic: dict[str, float]
+    traffic: dict[Key, float]
     bubble: float
     seconds: dict[str, float]
     tokens: int
@@ -143,37 +143,54 @@ def _without_recompute(layout: Layout) -> Layout:
     return replace(layout, recompute="selective")
 
 
-def _time(model: Transformer, cluster: Cluster, layout: Layout) -> tuple[dict[str, float], dict[str, float], float]:
-    """Bytes that a device sends by axis, seconds by what the step waits for, and the share of idle time."""
+def _time(model: Transformer, cluster: Cluster, layout: Layout) -> tuple[dict[Key, float], dict[str, float], float]:
+    """Bytes that a device sends, seconds by what the step waits for, and the share of idle time."""
     per, sent = layout.microbatches, _sent(model, layout)
     spans = {"tensor": layout.tensor, "pipeline": layout.tensor * layout.pipeline, "data": layout.devices}
-    seconds = {axis: sent[axis] / cluster.bandwidth(spans[axis]) for axis in sent}
+    by_axis = {axis: sum(size for (each, _), size in sent.items() if each == axis) for axis in spans}
+    seconds = {axis: by_axis[axis] / cluster.bandwidth(span) for axis, span in spans.items()}
     rate = cluster.device.flops * cluster.efficiency
     seconds["compute"] = per * _slowest_stage_flops(model, layout) / rate
     bubble = bubble_fraction(layout.pipeline, per, chunks=layout.chunks)
     busy = seconds["compute"] + seconds["tensor"] + seconds["pipeline"]
     seconds["bubble"] = busy * bubble / (1 - bubble)
-    if layout.overlap:  # behind the backward pass: of every microbatch with ZeRO-3, else of the last one
-        hidden = seconds["compute"] * 2 / 3 / (1 if layout.stage == 3 else per)
+    if layout.overlap:  # behind the backward pass: of every microbatch from ZeRO-2 on, else of the last one
+        hidden = seconds["compute"] * 2 / 3 / (1 if layout.stage >= 2 else per)
         seconds["data"] = max(0.0, seconds["data"] - hidden)
     return sent, seconds, bubble
 
 
-def _sent(model: Transformer, layout: Layout) -> dict[str, float]:
-    """Bytes that a device sends in a step; rings send (n - 1) / n of the larger buffer, an all-reduce twice that."""
-    tokens, microbatches = layout.microbatch * model.context, layout.microbatches
-    activation = 2 * tokens * model.width
-    passes = 6 if layout.recompute == "full" else 4  # halves of a block forward and backward; the forward once more
-    tensor = 2 * passes * layout.layers(model) * activation * (layout.tensor - 1) / layout.tensor * microbatches
-    boundaries = 2 * layout.chunks * activation / (layout.tensor if layout.sequence else 1)
-    share = (layout.data - 1) / layout.data
-    parameters = max(_states(model, layout, last, 1) for last in (False, True))
-    rings = 3 * microbatches if layout.stage == 3 else 2
-    return {
-        "tensor": tensor,
-        "pipeline": boundaries * microbatches if layout.pipeline > 1 else 0.0,
-        "data": rings * share * parameters * WEIGHT,
-    }
+def _sent(model: Transformer, layout: Layout) -> dict[Key, float]:
+    """Bytes that a device sends in a step, in 16 bits: a ring sends (n - 1) / n of the larger buffer, all-reduce twice.
+
+    The buffers are those of `sharded_step`, which torch's own code is held to.
+    """
+    fullest = replace(model, layers=layout.layers(model))
+    tokens, cut = layout.microbatch * model.context, layout.tensor
+    again, ends = layout.recompute == "full", 2 if layout.pipeline == 1 else 1
+    calls = tensor_traffic(fullest, cut, tokens, again, ends=ends, sequence=layout.sequence)
+    if layout.stage == 3:
+        calls += data_traffic(fullest, layout.data, cut)
+    rings = {"tensor": (cut - 1) / cut, "data": (layout.data - 1) / layout.data}
+    sent: dict[Key, float] = {}
+    for (axis, kind), count, size in calls:
+        times = (2 if kind == "all-reduce" else 1) * count * layout.microbatches
+        sent[axis, kind] = sent.get((axis, kind), 0) + WEIGHT * times * rings[axis] * size
+    if layout.stage < 3 and layout.data > 1:
+        sent |= _gradients_sent(model, layout, rings["data"])
+    if layout.pipeline > 1:
+        boundary = 2 * layout.chunks * WEIGHT * tokens * model.width * layout.microbatches
+        sent["pipeline", "send"] = boundary / (cut if layout.sequence else 1)
+    return sent
+
+
+def _gradients_sent(model: Transformer, layout: Layout, ring: float) -> dict[Key, float]:
+    """Once a step; at stage 2 the gradients are scattered after each microbatch."""
+    size = ring * GRADIENT * max(_states(model, layout, last, 1) for last in (False, True))
+    if layout.stage == 0:
+        return {("data", "all-reduce"): 2 * size}
+    times = layout.microbatches if layout.stage == 2 else 1
+    return {("data", "reduce-scatter"): times * size, ("data", "all-gather"): size}
 
 
 def _slowest_stage_flops(model: Transformer, layout: Layout) -> float:

@@ -15,7 +15,7 @@ EFFICIENCY = 0.6
 
 
 class Published(NamedTuple):
-    """One published number and ours; `quantity` is "parameters", "memory" or "time"."""
+    """One published number and ours; `quantity` is "parameters", "flops", "memory" or "time"."""
 
     quantity: str
     what: str
@@ -33,6 +33,7 @@ class Published(NamedTuple):
 ZERO, NARAYANAN = "arXiv 1910.02054, figure 1", "arXiv 2104.04473, table 1"
 SAVED, RECOMPUTED = "arXiv 2205.05198, section 5", "arXiv 2205.05198, table 5"
 GPT3, LLAMA3 = "arXiv 2005.14165, table 2.1", "arXiv 2407.21783, table 4"
+GPT3_FLOPS, ESTIMATED = "arXiv 2005.14165, table D.1", "arXiv 2104.04473, section 5.1"
 
 # Devices, tensor, pipeline, batch, measured TFLOP/s a device (Narayanan et al. 2021, table 1).
 WEAK_SCALING = {
@@ -57,8 +58,9 @@ RECOMPUTATION = {
 
 
 def published() -> list[Published]:
-    """Every row, computed now: parameters, memory (states and activations), and time."""
-    return [*_parameters(), *_states(), *_activations(), *_weak_scaling(), *_recomputation(), *_llama()]
+    """Every row, computed now: parameters, FLOPs, memory (states and activations), and time."""
+    exact = [*_parameters(), _flops(), *_states(), *_activations()]
+    return [*exact, *_weak_scaling(), *_recomputation(), *_llama(), *_whole_trainings()]
 
 
 def _parameters() -> list[Published]:
@@ -68,6 +70,13 @@ def _parameters() -> list[Published]:
         Published("parameters", name, "billion", billions, TRANSFORMERS[name].parameters / 1e9, source)
         for name, billions, source in rows
     ]
+
+
+def _flops() -> Published:
+    """GPT-3's whole training, 300 billion tokens; the published one leaves attention's T x T products out."""
+    model = TRANSFORMERS["GPT-3 175B"]
+    ours = 300e9 / model.context * model.training_flops() / 1e23
+    return Published("flops", "GPT-3 175B, 300 billion tokens", "10^23", 3.14, ours, GPT3_FLOPS)
 
 
 def _states() -> list[Published]:
@@ -124,6 +133,7 @@ def _recomputation() -> list[Published]:
 
 
 def _llama() -> list[Published]:
+    """Two rows of three: the third divides each sequence of 131,072 tokens as well, which no `Layout` does."""
     rows = []
     for devices, data, teraflops in ((8192, 64, 430.0), (16_384, 128, 400.0)):
         cluster = Cluster(DEVICES["H100"], devices, efficiency=EFFICIENCY)
@@ -132,3 +142,22 @@ def _llama() -> list[Published]:
         what = f"Llama 3 405B on {devices:,}"
         rows.append(Published("time", what, "TFLOP/s a device", teraflops, ours, LLAMA3))
     return rows
+
+
+def _whole_trainings() -> list[Published]:
+    """Days that Narayanan et al. estimate from their own measured speeds, and what Llama 3.1's model card reports."""
+    rows = []
+    for name, (data, pipeline), batch, tokens, days in (
+        ("GPT-3 175B", (16, 8), 1536, 300e9, 34.0),  # 1,024 devices; their division is not published
+        ("Megatron 1008.0B", (6, 64), 3072, 450e9, 84.0),
+    ):
+        cluster = Cluster(DEVICES["A100"], data * 8 * pipeline, efficiency=EFFICIENCY)
+        layout = Layout(data, 8, pipeline, batch, recompute="full", sequence=False, overlap=False)
+        ours = plan(TRANSFORMERS[name], cluster, layout).training(tokens)["days"]
+        what = f"{name}, {tokens / 1e9:.0f} billion tokens on {cluster.devices:,}"
+        rows.append(Published("time", what, "days", days, ours, ESTIMATED))
+    cluster = Cluster(DEVICES["H100"], 16_384, efficiency=EFFICIENCY, price=1.0)
+    layout = Layout(128, 8, 16, 2048, chunks=4, recompute="selective")
+    hours = plan(TRANSFORMERS["Llama 3 405B"], cluster, layout).training(15.6e12)["devices"] / 1e6
+    what = "Llama 3 405B, 15.6 trillion tokens"
+    return [*rows, Published("time", what, "million GPU-hours", 30.84, hours, "the model card of Llama 3.1")]

@@ -46,7 +46,7 @@ def sharded_step(
     tokens = model.context if tokens is None else tokens
     at_least(1, data=data, tensor=tensor, sequences=sequences, tokens=tokens)
     _divides(tensor, tokens=tokens, key_value_heads=model.shared_heads)
-    traffic = [*_data_traffic(model, data, tensor), *_tensor_traffic(model, tensor, sequences * tokens, recompute)]
+    traffic = [*data_traffic(model, data, tensor), *tensor_traffic(model, tensor, sequences * tokens, recompute)]
     return ShardedStep(
         parameters=sum(held(unit, data, tensor) * times for unit, times in units(model)),
         flops=sequences * _flops(model, tensor, tokens, recompute),
@@ -81,8 +81,11 @@ def held(unit: Sequence[Matrix], data: int, tensor: int) -> int:
     return sum(_rows(_local(matrix, tensor), data) for matrix in unit)
 
 
-def _data_traffic(model: Transformer, data: int, tensor: int) -> list[tuple[Key, int, int]]:
-    """Gather each block before forward and before backward; what stands outside stays; scatter the gradients."""
+def data_traffic(model: Transformer, data: int, tensor: int) -> list[tuple[Key, int, int]]:
+    """Gather each block before forward and before backward; what stands outside stays; scatter the gradients.
+
+    Each entry is (axis and collective, how often, numbers in the larger buffer).
+    """
     if data == 1:
         return []
     outside, block = (data * held(unit, data, tensor) for unit, _ in units(model))
@@ -95,24 +98,31 @@ def _data_traffic(model: Transformer, data: int, tensor: int) -> list[tuple[Key,
     ]
 
 
-def _tensor_traffic(model: Transformer, tensor: int, rows: int, recompute: bool) -> list[tuple[Key, int, int]]:
+def tensor_traffic(
+    model: Transformer, tensor: int, rows: int, recompute: bool, *, ends: int = 2, sequence: bool = True
+) -> list[tuple[Key, int, int]]:
     """Activations of `rows` tokens.
 
-    Each half of a block gathers its input and scatters its result, and the backward pass does the reverse.
+    Each half of a block gathers its input and scatters its result, and the backward pass does the reverse.  Without
+    `sequence` parallelism a half's result is summed instead, and so is the gradient of its input.  `ends`: of the
+    embedding and the head, how many stand on this rank.
     """
     if tensor == 1:
         return []
     gather, scatter, reduce = (("tensor", kind) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
     activation = rows * model.width
+    loss = (reduce, 3, rows)  # maximum, sum of the exponentials, the target's score
+    again = model.layers if recompute else 0
+    if not sequence:
+        return [(reduce, 4 * model.layers + 2 * again + ends, activation), loss]
     norm = 1 if model.gated else 2  # tensors in a norm
     positions = [] if model.gated else [(reduce, 1, model.context * model.width)]
-    again = model.layers if recompute else 0  # what the last matrix of a block sends is not needed again
-    return [
-        (gather, 4 * model.layers + 2 * again + 2, activation),  # 2: before the head, and the embedding's gradient
-        (scatter, 4 * model.layers + again + 2, activation),
+    return [  # what the last matrix of a block sends is not needed again
+        (gather, 4 * model.layers + 2 * again + ends, activation),  # before the head, and the embedding's gradient
+        (scatter, 4 * model.layers + again + ends, activation),
         (reduce, norm * (2 * model.layers + 1), model.width),  # a norm sees its own tokens only: sum its gradients
         *positions,
-        (reduce, 3, rows),  # the loss: maximum, sum of the exponentials, the target's score
+        loss,
     ]
 
 

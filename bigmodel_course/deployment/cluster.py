@@ -32,7 +32,7 @@ from bigmodel_course.models import GPT
 
 __all__ = ["Cluster", "Replica", "cut", "deployment"]
 
-STARTS = 3  # Ray gives a node up that is slow to start, after 15 s, however busy the machine is
+STARTS = 4  # Ray gives a node up that is slow to start, after 15 s, however busy the machine is
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,15 @@ class Cluster:
 
     def add_node(self) -> str:
         """Start one more node; its id."""
+        for _ in range(STARTS - 1):
+            with suppress(ClusterError):
+                return self.process.ask("add_node", self.timeout, cpus=self.cpus)["node"]
         return self.process.ask("add_node", self.timeout, cpus=self.cpus)["node"]
 
     def kill(self, replica: Replica) -> None:
         """End one replica's process with SIGKILL."""
+        if not replica.pid:
+            raise ClusterError(f"{replica.name} has no process yet: wait until it is RUNNING")
         os.kill(replica.pid, signal.SIGKILL)
 
     def kill_node(self, node: str) -> None:

@@ -66,7 +66,9 @@ class Console:
 
         schema = ServeDeploySchema.model_validate(config)
         if self.client is None:
-            schema.http_options.port = schema.http_options.port or free_port()
+            if not schema.http_options.port:
+                self.place = free_place()
+                schema.http_options.port = self.place.getsockname()[1]
             options = schema.http_options.model_dump()
             self.client = serve_start(http_options=options, proxy_location=schema.proxy_location)
             self.port = schema.http_options.port
@@ -98,11 +100,12 @@ def _replica(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"replica": found["replica_id"], "state": found["state"].value, **place}
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as s:
-        s.bind((HERE, 0))
-        return s.getsockname()[1]
+def free_place() -> socket.socket:
+    """A socket at a port of this machine where nobody listens; it keeps the port for those who share, as Ray does."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    place.bind((HERE, 0))
+    return place
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ QUIET = {  # what Ray does only if it is told
     "RAY_worker_niceness": "0",  # replicas as important as whoever asks them
     "RAY_health_check_period_ms": "1000",  # a dead node is missed after three questions without an answer
     "RAY_health_check_failure_threshold": "3",
+    "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts a node's helpers slowly
+    "RAY_gcs_server_port_wait_time_s": "120",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # without its head a node's process ends itself
     "OMP_NUM_THREADS": "1",
 }

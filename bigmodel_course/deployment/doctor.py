@@ -20,7 +20,7 @@ from bigmodel_course.deployment.supervision import Supervisor
 __all__ = ["hopeless", "main"]
 
 EVERY = 0.25  # seconds
-GRACE = 60.0  # seconds: a new process is left in peace, unless it once was up
+GRACE = 180.0  # seconds: a new process is left in peace, unless it once was up; a busy machine starts it slowly
 LOOKS, DOWN = 12, 8  # of so many looks, a replica must be found down so often: busy is not dead
 
 

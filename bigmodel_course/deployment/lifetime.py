@@ -1,13 +1,35 @@
-"""Processes that do not outlive whoever started them."""
+"""Processes and folders that do not outlive whoever started them."""
 
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 
-__all__ = ["die_with_parent", "end_with_stdin"]
+__all__ = ["Folder", "die_with_parent", "end_with_stdin"]
+
+
+class Folder(tempfile.TemporaryDirectory):
+    """A temporary folder that is gone when this process is, however that ends: a small process waits for it.
+
+    `name` is its path; `cleanup()`, or the end of a `with` block, removes it earlier.
+    """
+
+    def __init__(self, prefix: str = "course-"):
+        super().__init__(prefix=prefix)
+        wait = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        command = [sys.executable, "-I", "-S", "-c", wait, self.name]
+        self._watch = subprocess.Popen(command, stdin=subprocess.PIPE, **quiet)
+
+    def cleanup(self) -> None:
+        """Remove the folder now."""
+        super().cleanup()
+        self._watch.stdin.close()
+        self._watch.wait()
 
 
 def end_with_stdin(end: Callable[[], object] = lambda: os._exit(0)) -> None:

@@ -202,6 +202,9 @@ class Fleet:
         """Does its process take requests?  RuntimeError if it has ended."""
         if self._machine.supervisor.processes()[name]["statename"] in ("BACKOFF", "FATAL", "EXITED"):
             raise RuntimeError(f"{name} does not start; its log says: {self._machine.log(name)}")
+        return self._takes(name)
+
+    def _takes(self, name: str) -> bool:
         with socket.socket(socket.AF_UNIX) as line, suppress(OSError):
             line.connect(str(self.folder / f"{name}.sock"))
             return True
@@ -214,7 +217,9 @@ class Fleet:
     def _all_well(self) -> bool:
         processes = self._machine.supervisor.processes()
         fresh = all(processes[name]["pid"] != pid for name, pid in self._harmed.items() if name in self._used)
-        return fresh and all(processes[n]["statename"] == "RUNNING" for n in self._used) and self._up(list(self._used))
+        runs = fresh and all(processes[name]["statename"] == "RUNNING" for name in self._used)
+        # a busy balancer may not have seen yet that the old process went: is the new one there?
+        return runs and self._up(list(self._used)) and all(map(self._takes, self._used))
 
     def _seen(self, name: str, row: dict[str, str], process: dict) -> Replica:
         states = {"UP": "up", "DRAIN": "leaving", "MAINT": "starting", "no": "up"}

@@ -43,7 +43,7 @@ class Running:
 
 
 @contextmanager
-def serving(settings: Settings, *, port: int = 0, timeout: float = 60.0) -> Iterator[Running]:
+def serving(settings: Settings, *, port: int = 0, timeout: float = 180.0) -> Iterator[Running]:
     """A worker in a process of its own, ready when the block begins and gone when it ends, however it ends.
 
     If this process dies, even by SIGKILL, the worker ends too: it holds the other end of a pipe.  RuntimeError with the

@@ -60,8 +60,8 @@ class Trace:
         self.stage("resume")
 
     def header(self) -> str:
-        """`read;dur=0.1, parse;dur=0.2, …, total;dur=1.4`."""
-        stages = {**self.stages, "total": perf_counter() - self.started}
+        """`read;dur=0.1, parse;dur=0.2, …, total;dur=1.4`; the total is that of the stages that have ended."""
+        stages = {**self.stages, "total": self._last - self.started}
         return ", ".join(f"{name};dur={1e3 * max(seconds, 0):.3f}" for name, seconds in stages.items())
 
 

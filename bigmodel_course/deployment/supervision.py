@@ -24,6 +24,7 @@ from bigmodel_course.deployment.lifetime import die_with_parent, end_with_stdin
 
 __all__ = ["Supervisor", "configuration", "main", "spawn"]
 
+HOLDER = "FLEET_SUPERVISOR"  # in the environment of supervisord's children: its process
 PATIENCE = 60.0  # seconds that supervisord may take for an answer; it stops a process in 8
 _HEAD = """[supervisord]
 nodaemon = true
@@ -116,9 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, *program = sys.argv[1:] if argv is None else argv
     if program:
         die_with_parent()
+        if os.environ.get(HOLDER, parent := str(os.getppid())) != parent:
+            return 1  # supervisord died before we asked
         os.execv(program[0], program)
-    end_with_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until supervisord has a handler: the folder must go
+        end_with_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        os.environ[HOLDER] = str(os.getpid())
         supervisord.main(["-c", str(Path(folder) / "supervisord.conf")])
     finally:
         shutil.rmtree(folder, ignore_errors=True)

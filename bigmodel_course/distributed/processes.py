@@ -60,9 +60,16 @@ class Rank:
         self.out, self.err, self.trace = (_Stream(reader) for reader, _ in pipes)
         ends = [theirs, *(writer for _, writer in pipes)]
         self.process = context.Process(target=rank.main, args=(job, *ends), name=f"rank {job.rank}")
-        forkserver.start(self.process)  # cloudpickle sends what a rank needs of the caller's script
-        for end in ends:
-            end.close()
+        try:
+            forkserver.start(self.process)  # cloudpickle sends what a rank needs of the caller's script
+        except BaseException:  # when we are interrupted the process may be there already: it ends with its pipe
+            self.control.close()
+            if self.process.pid:
+                self.process.join(10.0)
+            raise
+        finally:
+            for end in ends:
+                end.close()
 
     def sources(self) -> list[Any]:
         """What to wait for."""
