@@ -46,7 +46,7 @@ unit: setup serve-cluster ## the package's tests, and those of the lessons' form
 	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist worksteal
 
 nbval: setup serve-cluster ## every lesson, run again and compared in strict mode
-	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist loadfile -p tools.patient_nbval -p tools.strict_nbval --nbval --nbval-cell-timeout=120 $(LESSONS)
+	@$(QUIET) $(BIN)/python -m pytest -q -n $(N) --dist loadfile -p tools.patient_nbval -p tools.strict_nbval --nbval --nbval-cell-timeout=300 $(LESSONS)
 
 lessons: setup serve-cluster ## run the lessons from a clean kernel and store their outputs (LESSONS=notebooks/11*, N=2 at a time)
 	@$(BIN)/python tools/store_lessons.py --jobs $(N) $(LESSONS)

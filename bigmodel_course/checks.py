@@ -193,7 +193,10 @@ def _equal(got: Any, want: Any, tolerance: float) -> bool:
         return type(got) is type(want) and got == want
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         return False
-    return math.isclose(got, want, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(got) and math.isnan(want))
+    try:
+        return math.isclose(got, want, rel_tol=tolerance, abs_tol=tolerance) or (math.isnan(got) and math.isnan(want))
+    except OverflowError:  # a whole number that no float holds
+        return got == want
 
 
 def _called(answer: Answer | Any) -> Answer:

@@ -91,6 +91,8 @@ def test_an_answer_that_raises_not_implemented_is_not_attempted(capsys):
         (True, 1, "you have True, expected 1"),
         (1, True, "you have 1, expected True"),
         (float("nan"), float("nan"), None),
+        pytest.param(10**400, 10**400, None, id="more than a float holds"),
+        pytest.param(1.0, 10**400, f"you have 1.0, expected {10**58}…", id="less than more than a float holds"),
         (float("nan"), 1.0, "you have nan, expected 1.0"),
         ("adam", "adamw", "you have 'adam', expected 'adamw'"),
         ([1, [2, 3]], (1, (2, 4)), "at [1][1] you have 3, expected 4"),

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from serving import PATIENCE, gone, until
 
+from bigmodel_course.deployment import replicas, service_replica
 from bigmodel_course.deployment.replicas import Fleet
 from bigmodel_course.deployment.sealed import agreed
 from bigmodel_course.deployment.traffic import Answer, Traffic, labels
@@ -229,6 +230,10 @@ def test_nothing_is_left_when_a_process_above_is_killed_or_interrupted(victim, b
     against="what is wrong, and what was expected",
     on="counts, names, kinds, models",
 )
+def test_a_fleet_knows_the_faults_of_its_replicas():
+    assert set(replicas.FAULTS) == set(service_replica.FAULTS)
+
+
 def test_errors_say_what_is_wrong(fleet):
     with pytest.raises(ValueError, match="replicas must be a whole number from 0 to slots, 8, got 9"):
         Fleet("sleep:0.01", replicas=9)

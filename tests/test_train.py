@@ -85,7 +85,7 @@ VARIANTS = {
     "train.recompute_blocks_",
     kind="equals one process",
     against="a plain loop with torch.optim.AdamW and clip_grad_norm_",
-    on="6 steps of a 1M GPT on real text; 1 and 2 ranks, ZeRO-1 and -3, two parts, recomputation; relative, but for the keys' bias",
+    on="6 steps of a 1M GPT on text; 1 and 2 ranks, ZeRO-1 and -3, parts, recomputation; relative, but the keys' bias",
     bound=1e-5,
 )
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -119,7 +119,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(settings, tmp_path, seen):
     "train.train",
     kind="recovery",
     against="the run on 2 ranks that was not interrupted",
-    on="begun on 2 ranks, finished on 1; relative, but for the keys' bias",
+    on="begun on 2 ranks, finished on 1; relative, but the keys' bias",
     bound=1e-5,
 )
 def test_a_run_goes_on_with_another_number_of_ranks(settings, tmp_path, seen):

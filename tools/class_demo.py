@@ -132,7 +132,7 @@ def nbgrader(folder: Path, *command: str) -> None:
         env=environment(folder.parent),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     if done.returncode:
         raise RuntimeError(f"nbgrader {' '.join(command)} failed:\n{done.stderr}")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "build" / "browser"
 FLAGS = "--no-sandbox --disable-gpu --disable-sync --no-first-run"
 QUIET = "--disable-background-networking --disable-component-update"  # the browser itself asks for nothing
-STARTS, RUNS = 60, 180  # seconds that the server and a lesson may take
+STARTS, RUNS = 300, 300  # seconds that the server and a lesson may take
 
 # The exercise of lesson 11 that is answered here: its stub, a typical mistake, its hint, and the right answer.
 STUB = "def my_gradient(x, y, theta): ..."
@@ -40,10 +40,14 @@ def jupyter_lab(lesson: str) -> Iterator[str]:
     port = free_port()
     with tempfile.TemporaryDirectory() as home:
         private = {name: str(Path(home) / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
-        settings = Path(home) / "JUPYTER_CONFIG_DIR/lab/user-settings/@jupyterlab/notebook-extension"
-        settings.mkdir(parents=True)
-        every_cell = '{"windowingMode": "none"}'  # in the page, not only those in sight
-        (settings / "tracker.jupyterlab-settings").write_text(every_cell)
+        settings = Path(home) / "JUPYTER_CONFIG_DIR/lab/user-settings/@jupyterlab"
+        for extension, option in {
+            "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell in the page, not only those in sight
+            "docmanager-extension/plugin": '{"autosave": false}',  # a picture is taken, the stored lesson stays
+        }.items():
+            file = settings / f"{extension}.jupyterlab-settings"
+            file.parent.mkdir(parents=True)
+            file.write_text(option)
         options = "--no-browser --allow-root --IdentityProvider.token= --ServerApp.port_retries=0"
         command = ["make", "lab", f"PORT={port}", f"ARGS={options}", f"LESSON=notebooks/{lesson}"]
         with running(command, port, cwd=ROOT, env={**os.environ, **private}) as address:
@@ -61,7 +65,10 @@ def running(command: list[str], port: int, **options: Any) -> Iterator[str]:
             yield address
         finally:
             server.terminate()
-            server.wait(20)
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def free_port() -> int:
@@ -155,6 +162,7 @@ def chromium() -> str:
 
 def drive(name: str) -> None:
     """Open the lesson, run it, move its slider and, in lesson 11, answer an exercise wrongly and rightly."""
+    name = Path(name).name
     PICTURES.mkdir(parents=True, exist_ok=True)
     with jupyter_lab(name) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=[*FLAGS.split(), *QUIET.split()])

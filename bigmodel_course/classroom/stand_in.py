@@ -177,6 +177,6 @@ def _result(reply: dict[str, Any]) -> Any:
 
 
 def _cause(process: BaseProcess) -> str:
-    process.join(5)
+    process.join(30)
     code = process.exitcode
     return "it hung up" if code is None else signal.Signals(-code).name if code < 0 else f"exit status {code}"

@@ -26,7 +26,7 @@ FAULTS = (
 
 def _on_ranks(answer: Callable, *columns: list) -> list | None:
     """What each of four real ranks returns for its entry of every column; None where none returned anything."""
-    results = launch(_one_rank, RANKS, answer, columns, timeout=30)
+    results = launch(_one_rank, RANKS, answer, columns, timeout=60)
     return None if all(result is None or result is ... for result in results) else results
 
 
@@ -261,7 +261,7 @@ def _payload(answer: Callable, x: Tensor, y: Tensor) -> int:
 
 def busiest(answer: Callable) -> int:
     """The most bytes that one of the ranks sends."""
-    return max(launch(_count, RANKS, answer, X, Y, timeout=30))
+    return max(launch(_count, RANKS, answer, X, Y, timeout=60))
 
 
 def _count(answer: Callable, x: list[Tensor], y: list[Tensor]) -> int:
