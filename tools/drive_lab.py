@@ -42,7 +42,7 @@ def jupyter_lab(lesson: str) -> Iterator[str]:
         private = {name: str(Path(home) / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
         settings = Path(home) / "JUPYTER_CONFIG_DIR/lab/user-settings/@jupyterlab"
         for extension, option in {
-            "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell in the page, not only those in sight
+            "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell in the page
             "docmanager-extension/plugin": '{"autosave": false}',  # a picture is taken, the stored lesson stays
         }.items():
             file = settings / f"{extension}.jupyterlab-settings"
